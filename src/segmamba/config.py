@@ -1,0 +1,308 @@
+"""Settings as frozen dataclasses: the same for Python, YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from segmamba.errors import ConfigError, describe
+from segmamba.types import Size3
+
+T = TypeVar("T")
+
+Orientation = Literal[
+    "forward", "reverse", "slice", "slice-reverse", "column", "column-reverse"
+]
+"""The order in which a scan visits the tokens of a feature map (D, H, W):
+row-major; the same backwards; slice index fastest (row-major over (H, W, D)); the
+same backwards; W slowest (row-major over (W, D, H)); the same backwards."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that defines a network, weights aside."""
+
+    name: str = "segmamba"
+    """Preset: segmamba, segmamba-v1, segmamba-paper or segmamba-light."""
+    in_channels: int = 1
+    """Image channels."""
+    out_channels: int = 2
+    """Channels of the logits: classes, or regions."""
+    dims: tuple[int, ...] = (48, 96, 192, 384)
+    """Channels of each encoder stage."""
+    hidden_size: int = 768
+    """Channels of the deepest block."""
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    """Mamba layers of each stage."""
+    strides: tuple[Size3, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    """Down-sampling in front of each stage, along (D, H, W)."""
+    num_slices: tuple[int, ...] | None = None
+    """Slices of each stage for the inter-slice scan; None reads them off the map."""
+    orientations: tuple[Orientation, ...] | None = None
+    """Scan orders; None takes the preset's."""
+    d_state: int = 16
+    """States of each channel in the scan."""
+    d_conv: int = 4
+    """Width of the causal convolution in front of the scan."""
+    expand: int = 2
+    """Inner channels of a Mamba layer over its outer ones."""
+    initialization: Literal["balanced", "published"] = "balanced"
+    """Step-size biases: "balanced" starts all directions alike; "published" leaves
+    all but the forward one at torch's default, as the published code does."""
+    deep_supervision: bool = False
+    """Give logits at lower resolutions too while training."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of the training patches (nnU-Net's stock set)."""
+
+    enabled: bool = True
+    """Turn all of it off with false."""
+    rotation_degrees: float = 30.0
+    """Rotation about each axis is drawn from plus or minus this."""
+    p_rotation: float = 0.2
+    """Probability of a rotation."""
+    scaling: tuple[float, float] = (0.7, 1.4)
+    """Range of the zoom."""
+    p_scaling: float = 0.2
+    """Probability of a zoom."""
+    p_noise: float = 0.1
+    """Probability of Gaussian noise (variance 0 to 0.1)."""
+    p_blur: float = 0.2
+    """Probability of a Gaussian blur (sigma 0.5 to 1 voxel), half of the channels."""
+    p_brightness: float = 0.15
+    """Probability of a multiplication by 0.75 to 1.25."""
+    p_contrast: float = 0.15
+    """Probability of a contrast change by 0.75 to 1.25."""
+    p_low_resolution: float = 0.25
+    """Probability of a zoom-out to 0.5 to 1 and back, half of the channels."""
+    p_gamma_inverted: float = 0.1
+    """Probability of gamma 0.7 to 1.5 on the inverted image."""
+    p_gamma: float = 0.3
+    """Probability of gamma 0.7 to 1.5."""
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    """Axes (of D, H, W) that may be mirrored, each with probability 0.5."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained."""
+
+    max_epochs: int | None = None
+    """Stop after this many epochs; 1000 if neither this nor a time is given."""
+    max_time_s: float | None = None
+    """Stop after this many seconds of training; the schedule follows the clock."""
+    iterations_per_epoch: int = 250
+    """Batches in an epoch."""
+    batch_size: int | None = None
+    """Patches in a batch; None takes the plan's."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum as published, or AdamW."""
+    learning_rate: float = 1e-2
+    """Highest learning rate."""
+    momentum: float = 0.99
+    """Momentum of SGD."""
+    weight_decay: float = 3e-5
+    """Weight decay."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Decay of the learning rate: (1 - progress)^0.9, half a cosine, or none."""
+    warmup: float = 0.0
+    """Share of the run in which the learning rate rises linearly."""
+    loss: Literal["dice_ce", "dice", "ce", "dice_focal", "tversky_ce"] = "dice_ce"
+    """Loss; with regions, cross-entropy means the binary one per region."""
+    deep_supervision: bool = False
+    """Weigh losses at lower resolutions by 1, 1/2, 1/4, ..."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; auto is bf16 where the device computes it natively."""
+    clip_grad_norm: float | None = 12.0
+    """Largest norm of the gradient; None for no clipping."""
+    ema_decay: float | None = 0.999
+    """Decay of the moving average of the weights that predictions use; None for none."""
+    oversample_foreground: float = 0.33
+    """Share of the patches that are sure to hold foreground."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Random changes of the patches."""
+    seed: int = 12345
+    """Seed of weights, patches and augmentation."""
+    validate_every: int = 50
+    """Epochs between whole-volume validations of a few cases; the end has them all."""
+    save_every_s: float = 180.0
+    """Seconds between saves of the state to resume from."""
+    patience: int | None = None
+    """Stop after so many validations without a better score; None never does."""
+    workers: int = 1
+    """Threads that prepare batches ahead."""
+
+
+def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> T:
+    """Build a dataclass from nested plain values, strictly.
+
+    Args:
+        cls: A dataclass type.
+        data: A mapping of its fields; fields left out keep their defaults.
+        source: What the error names, such as a file.
+
+    Returns:
+        The dataclass.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest one is named), one without a
+            default is missing, or a value has the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(
+            describe(
+                f"{cls.__name__} is not a mapping",
+                expected="keys and values",
+                found=repr(data)[:60],
+                file=source,
+            )
+        )
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(typing.cast(Any, cls))
+    names = [item.name for item in fields]
+    for key in data:
+        if key not in names:
+            raise ConfigError(_unknown_key(str(key), names, source))
+    required = [
+        item.name
+        for item in fields
+        if item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise ConfigError(
+            describe("a key is missing", expected=", ".join(missing), file=source)
+        )
+    values = {
+        key: _convert(value, hints[key], f"{cls.__name__}.{key}", source)
+        for key, value in data.items()
+    }
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a dataclass into plain nested values for JSON or YAML."""
+    return dataclasses.asdict(config)
+
+
+def load_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(
+            describe("can't read a YAML file", found=str(error), file=path)
+        ) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            describe(
+                "a configuration file must be a mapping",
+                expected="lines such as 'learning_rate: 0.01'",
+                found=type(data).__name__,
+                file=path,
+            )
+        )
+    return data
+
+
+def _unknown_key(key: str, names: list[str], source: str) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    remedy = f"Did you mean '{close[0]}'?" if close else None
+    return describe(
+        f"unknown key '{key}'",
+        expected="one of " + ", ".join(names),
+        file=source,
+        remedy=remedy,
+    )
+
+
+def _convert(value: Any, hint: Any, where: str, source: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, args, where, source)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise _wrong(where, "one of " + ", ".join(map(str, args)), value, source)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(Any, hint), value, source=source)
+    if origin is tuple:
+        return _convert_tuple(value, args, where, source)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, "a mapping", value, source)
+        return {
+            _convert(k, args[0], where, source): _convert(v, args[1], where, source)
+            for k, v in value.items()
+        }
+    return _convert_scalar(value, hint, where, source)
+
+
+def _convert_union(value: Any, args: Any, where: str, source: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    options = [arg for arg in args if arg is not type(None)]
+    error: ConfigError | None = None
+    for option in options:
+        try:
+            return _convert(value, option, where, source)
+        except ConfigError as failed:
+            error = failed
+    assert error is not None
+    raise error
+
+
+def _convert_tuple(value: Any, args: Any, where: str, source: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong(where, "a list", value, source)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(item, args[0], where, source) for item in value)
+    if len(value) != len(args):
+        raise _wrong(where, f"a list of {len(args)}", value, source)
+    pairs = zip(value, args, strict=True)
+    return tuple(_convert(item, arg, where, source) for item, arg in pairs)
+
+
+def _convert_scalar(value: Any, hint: Any, where: str, source: str) -> Any:
+    if hint is Any:
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise _wrong(where, "a number", value, source) from None
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise _wrong(where, f"a value of type {hint.__name__}", value, source)
+
+
+def _wrong(where: str, expected: str, value: Any, source: str) -> ConfigError:
+    return ConfigError(
+        describe(
+            f"bad value for {where}",
+            expected=expected,
+            found=repr(value)[:60],
+            file=source,
+        )
+    )

@@ -1,0 +1,1 @@
+"""Data sets where they lie, and their way to the network and back."""
