@@ -1,0 +1,156 @@
+"""Which device computes, and in which precision: the same for training and use."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal, cast
+
+import torch
+
+from segmamba.errors import BackendUnavailableError, ConfigError, describe
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""The type that matrix products and convolutions compute in."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_KINDS = ("cpu", "cuda", "mps")
+
+
+def available_devices() -> dict[str, str]:
+    """Say what each kind of device is, or why it can't be used.
+
+    Returns:
+        "cpu", "cuda", "mps" to a text; usable ones start with "available".
+    """
+    threads = torch.get_num_threads()
+    return {
+        "cpu": f"available ({threads} thread{'s' if threads != 1 else ''})",
+        "cuda": _describe_cuda(),
+        "mps": "available" if _has_mps() else "no Apple GPU that PyTorch can use",
+    }
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn a device's name into a device that is there.
+
+    Args:
+        device: "auto" (CUDA, else CPU), "cpu", "cuda", "cuda:1", "mps", or a device.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: The name is none of those.
+        BackendUnavailableError: There is no such device here; says what there is.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise _unknown(device) from error
+    if resolved.type not in _KINDS:
+        raise _unknown(device)
+    _require(resolved)
+    return resolved
+
+
+def precision_for(device: torch.device, precision: str = "auto") -> Precision:
+    """Choose the type of matrix products and convolutions on a device.
+
+    Args:
+        device: Where the network runs.
+        precision: "auto", "fp32", "bf16" or "fp16".
+
+    Returns:
+        What was asked for; for "auto", bf16 where the device computes it natively,
+        else fp32.
+
+    Raises:
+        ConfigError: The precision is none of those.
+    """
+    if precision == "auto":
+        return "bf16" if _computes_bf16(device) else "fp32"
+    if precision not in ("fp32", *_DTYPES):
+        raise ConfigError(
+            describe(
+                "unknown precision",
+                expected="auto, fp32, bf16 or fp16",
+                found=repr(precision),
+            )
+        )
+    return cast(Precision, precision)
+
+
+def autocast(
+    device: torch.device, precision: str = "auto"
+) -> contextlib.AbstractContextManager[object]:
+    """Give the context in which a network computes at a precision.
+
+    Args:
+        device: Where the network runs.
+        precision: "auto", "fp32", "bf16" or "fp16".
+
+    Returns:
+        An autocast context; one that does nothing for fp32.
+
+    Raises:
+        ConfigError: The precision is none of those.
+    """
+    chosen = precision_for(device, precision)
+    if chosen == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[chosen])
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # torch.cpu's queries are private and some are missing in older versions.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def _describe_cuda() -> str:
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"this PyTorch ({torch.__version__}) is built without CUDA"
+        return "no NVIDIA GPU that PyTorch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return "available: " + ", ".join(names)
+
+
+def _require(device: torch.device) -> None:
+    if device.type == "cuda":
+        found = available_devices()["cuda"]
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise _missing(device, found)
+    if device.type == "mps" and not _has_mps():
+        raise _missing(device, available_devices()["mps"])
+
+
+def _missing(device: torch.device, found: str) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        describe(
+            f"device '{device}' is not there",
+            found=found,
+            remedy="Use the device 'cpu' or 'auto'.",
+        )
+    )
+
+
+def _unknown(device: object) -> ConfigError:
+    return ConfigError(
+        describe(
+            "unknown device",
+            expected="auto, cpu, cuda, cuda:0 or mps",
+            found=repr(str(device)),
+        )
+    )
