@@ -1,0 +1,169 @@
+"""Change the voxel grid of images, label maps and logits; voxel centres kept right.
+
+All functions map voxel o of n_out to the position (o + 0.5) * n_in / n_out - 0.5 of the
+input, so both grids cover the same box in space, and going back is the same formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch.nn import functional
+
+from segmamba.types import Array, Size3, Spacing3
+
+SLAB_BYTES = 64 * 2**20
+"""Size of the float32 piece that a slab-wise function works on."""
+
+
+def resampled_shape(shape: Size3, before_mm: Spacing3, after_mm: Spacing3) -> Size3:
+    """Give the number of voxels that keeps the extent at another spacing.
+
+    Args:
+        shape: Voxels along three axes.
+        before_mm: Voxel distance along them, in mm.
+        after_mm: Voxel distance wanted, in mm.
+
+    Returns:
+        Voxels along three axes, rounded, 1 at least.
+    """
+    triples = zip(shape, before_mm, after_mm, strict=True)
+    return cast(Size3, tuple(max(1, round(n * a / b)) for n, a, b in triples))
+
+
+def resample_image(
+    image: Array, shape: Size3, method: Literal["linear", "cubic"] = "linear"
+) -> Array:
+    """Resample each channel of an image.
+
+    Args:
+        image: float32 (C, D, H, W).
+        shape: Voxels wanted along D, H, W.
+        method: "linear", or "cubic" (order-3 spline, about 45 times slower).
+
+    Returns:
+        float32 (C, *shape); the input itself if the shape doesn't change.
+    """
+    if image.shape[1:] == tuple(shape):
+        return image
+    if method == "cubic":
+        factors = [new / old for new, old in zip(shape, image.shape[1:], strict=True)]
+        zoomed = [
+            ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
+            for channel in image
+        ]
+        return np.stack(zoomed).astype(np.float32, copy=False)
+    result = np.empty((len(image), *shape), np.float32)
+    for channel, target in zip(image, result, strict=True):
+        tensor = torch.from_numpy(np.ascontiguousarray(channel, np.float32))
+        resized = functional.interpolate(
+            tensor[None, None], size=tuple(shape), mode="trilinear", align_corners=False
+        )
+        target[...] = resized[0, 0].numpy()
+    return result
+
+
+def resample_label_map(label_map: Array, shape: Size3) -> Array:
+    """Resample a label map: linear weights per label, the heaviest label wins.
+
+    Works only where labels other than 0 are, so memory and time follow their
+    bounding box and not the volume.
+
+    Args:
+        label_map: Integers (D, H, W).
+        shape: Voxels wanted along D, H, W.
+
+    Returns:
+        Integers (*shape) of the same type; the lower label wins a tie.
+    """
+    if label_map.shape == tuple(shape):
+        return label_map
+    result = np.zeros(shape, label_map.dtype)
+    labelled = np.argwhere(label_map)
+    if len(labelled) == 0:
+        return result
+    first, last = labelled.min(axis=0), labelled.max(axis=0)
+    taps, inner, outer = [], [], []
+    for axis in range(3):
+        low, high, weight = _taps(label_map.shape[axis], shape[axis])
+        touched = np.flatnonzero((high >= first[axis]) & (low <= last[axis]))
+        if len(touched) == 0:  # lies between the voxels of a much coarser grid
+            return result
+        start, stop = low[touched[0]], high[touched[-1]] + 1
+        inner.append(slice(start, stop))
+        outer.append(slice(touched[0], touched[-1] + 1))
+        taps.append((low[touched] - start, high[touched] - start, weight[touched]))
+    result[tuple(outer)] = _heaviest_label(label_map[tuple(inner)], taps)
+    return result
+
+
+def resample_slabs(
+    logits: torch.Tensor, shape: Size3, slab_bytes: int = SLAB_BYTES
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Resample channels linearly, a few D-slices at a time.
+
+    Args:
+        logits: Floats (K, D, H, W) of any type and device.
+        shape: Voxels wanted along D, H, W.
+        slab_bytes: Largest float32 piece; a single slice may exceed it.
+
+    Yields:
+        The slice along the new D, and float32 (K, length, H, W) for it, on the
+        device of `logits`. Never more than three such pieces exist beside them.
+    """
+    depth, height, width = shape
+    length = max(1, slab_bytes // (4 * len(logits) * height * width))
+    low, high, weight = _taps(logits.shape[1], depth)
+    for start in range(0, depth, length):
+        part = slice(start, min(depth, start + length))
+        piece = _blend(logits, 1, low[part], high[part], weight[part])
+        if piece.shape[2:] != (height, width):
+            piece = functional.interpolate(
+                piece, size=(height, width), mode="bilinear", align_corners=False
+            )
+        yield part, piece
+
+
+def _taps(n_in: int, n_out: int) -> tuple[Array, Array, Array]:
+    """Both neighbours of each output voxel, and the weight of the upper one."""
+    position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    position = np.clip(position, 0, n_in - 1)
+    low = np.floor(position).astype(np.int64)
+    weight = (position - low).astype(np.float32)
+    # A neighbour of weight 0 isn't touched: that keeps boxes tight.
+    high = np.where(weight > 0, np.minimum(low + 1, n_in - 1), low)
+    return low, high, weight
+
+
+def _blend(
+    tensor: torch.Tensor, axis: int, low: Array, high: Array, weight: Array
+) -> torch.Tensor:
+    device = tensor.device
+    lower = tensor.index_select(axis, torch.as_tensor(low, device=device)).float()
+    if not weight.any():
+        return lower
+    upper = tensor.index_select(axis, torch.as_tensor(high, device=device)).float()
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return lower.lerp_(upper, torch.as_tensor(weight, device=device).reshape(shape))
+
+
+def _heaviest_label(box: Array, taps: list[tuple[Array, Array, Array]]) -> Array:
+    best, winner = None, None
+    for value in np.unique(box):  # ascending, so the lower one keeps a tie
+        share = torch.from_numpy((box == value).astype(np.float32))
+        for axis, (low, high, weight) in enumerate(taps):
+            share = _blend(share, axis, low, high, weight)
+        share = share.numpy()
+        if best is None or winner is None:
+            best, winner = share, np.full(share.shape, value, box.dtype)
+            continue
+        wins = share > best
+        winner[wins] = value
+        np.maximum(best, share, out=best)
+    assert winner is not None
+    return winner
