@@ -1,0 +1,294 @@
+"""NIfTI-1 and -2, plain or gzip: header by nibabel, voxels by numpy and isal."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from isal import isal_zlib
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+
+from segmamba.errors import FormatError, describe
+from segmamba.io.formats import (
+    GZIP_MAGIC,
+    MAX_INFLATION,
+    TruncatedFileError,
+)
+from segmamba.io.geometry import checked_affine
+from segmamba.types import Array, FloatArray, Size3
+
+_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+_LARGEST_NIFTI1_SIDE = 32767
+_COUNTING_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class NiftiHeader:
+    """What is needed of a NIfTI header to read its voxels."""
+
+    shape: Size3
+    channels: int
+    affine: FloatArray
+    dtype: np.dtype[Any]
+    """Type on disk, with its byte order."""
+    offset: int
+    """Bytes in front of the voxels."""
+    slope: float
+    intercept: float
+    raw: Nifti1Header
+    """All of it, for writing a file alike."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether stored numbers are not yet the values."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of header and voxels together."""
+        return self.offset + math.prod(self.shape) * self.channels * self.dtype.itemsize
+
+
+def parse_nifti_header(path: Path, head: bytes) -> NiftiHeader:
+    """Read a NIfTI header.
+
+    Args:
+        path: The file, for errors.
+        head: Its first bytes, decompressed; at least 540 of them if it has so many.
+
+    Returns:
+        The header.
+
+    Raises:
+        FormatError: It is cut off, contradictory, or describes voxels that aren't
+            numbers.
+        GeometryError: The affine is not finite or singular.
+    """
+    raw = _raw_header(path, head)
+    try:
+        dtype = raw.get_data_dtype()
+        shape = tuple(int(n) for n in raw.get_data_shape())
+    except (HeaderDataError, ValueError, KeyError) as error:
+        raise _bad_header(path, "a valid NIfTI header", str(error)) from error
+    if dtype.kind not in "iuf":
+        raise _bad_header(path, "integers or real numbers", f"{dtype} voxels")
+    size, channels = _split_channels(path, shape)
+    slope, intercept = _scaling(path, raw)
+    return NiftiHeader(
+        shape=size,
+        channels=channels,
+        affine=_affine(path, raw),
+        dtype=dtype,
+        offset=_data_offset(path, raw),
+        slope=slope,
+        intercept=intercept,
+        raw=raw,
+    )
+
+
+def _raw_header(path: Path, head: bytes) -> Nifti1Header:
+    is_second = _NIFTI2_BYTES in (
+        int.from_bytes(head[:4], "little"),
+        int.from_bytes(head[:4], "big"),
+    )
+    size = _NIFTI2_BYTES if is_second else _NIFTI1_BYTES
+    if len(head) < size:
+        raise TruncatedFileError(
+            describe(
+                "a NIfTI header is cut off",
+                expected=f"{size} bytes",
+                found=len(head),
+                file=path,
+                remedy="Copy or download the file again.",
+            )
+        )
+    # check=False: nibabel's own check prints to stderr; what matters is checked here.
+    if is_second:
+        raw: Nifti1Header = Nifti2Header(head[:size], check=False)
+    else:
+        raw = Nifti1Header(head[:size], check=False)
+    if not raw["magic"].tobytes().startswith(b"n+"):
+        raise _bad_header(path, "header and voxels in one file", "an .hdr/.img pair")
+    return raw
+
+
+def _bad_header(path: Path, expected: str, found: str) -> FormatError:
+    return FormatError(
+        describe(
+            "can't use a NIfTI header",
+            expected=expected,
+            found=found,
+            file=path,
+            remedy="Convert the file from its source again.",
+        )
+    )
+
+
+def _split_channels(path: Path, shape: tuple[int, ...]) -> tuple[Size3, int]:
+    """Split (I, J, K, C) or (I, J, K, 1, C) into grid and channels."""
+    if not shape or min(shape) < 1:
+        raise _bad_header(path, "at least one voxel along every axis", str(shape))
+    shape = shape + (1,) * (3 - len(shape))
+    extra = [n for n in shape[3:] if n > 1]
+    if len(extra) > 1:
+        raise _bad_header(path, "at most one axis of channels", f"shape {shape}")
+    return cast(Size3, shape[:3]), extra[0] if extra else 1
+
+
+def _scaling(path: Path, raw: Nifti1Header) -> tuple[float, float]:
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):
+        return 1.0, 0.0  # the standard's "no scaling", and what many tools write for it
+    if not math.isfinite(intercept):
+        raise _bad_header(path, "a finite scl_inter", str(intercept))
+    return slope, intercept
+
+
+def _data_offset(path: Path, raw: Nifti1Header) -> int:
+    offset = float(raw["vox_offset"])
+    least = int(raw["sizeof_hdr"]) + 4
+    if not math.isfinite(offset) or offset < 0:
+        raise _bad_header(path, "a vox_offset of 0 or more", str(offset))
+    return max(int(offset), least)
+
+
+def _affine(path: Path, raw: Nifti1Header) -> FloatArray:
+    """Take the sform if it has a code, else the qform, else the voxel sizes."""
+    fixed = raw.copy()
+    fixed["pixdim"][1:4] = np.abs(fixed["pixdim"][1:4])
+    if fixed["pixdim"][0] not in (-1, 1):
+        fixed["pixdim"][0] = 1  # the standard: "if 0, use 1"
+    try:
+        affine = fixed.get_best_affine()
+    except (HeaderDataError, ValueError, FloatingPointError) as error:
+        raise _bad_header(path, "a valid qform", str(error)) from error
+    return checked_affine(affine, path)
+
+
+def read_nifti(path: Path, header: NiftiHeader) -> Array:
+    """Read the voxels of a NIfTI file as they are stored.
+
+    Args:
+        path: The file.
+        header: Its header.
+
+    Returns:
+        (C, I, J, K), with the file's number type and byte order, not scaled, not
+        writable; the first spatial axis lies densest in memory, as in the file.
+
+    Raises:
+        FormatError: The file ends early or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(
+            describe("can't read a scan", found=error.strerror, file=path)
+        ) from error
+    check_size(path, header, data)
+    if data[:2] == GZIP_MAGIC:
+        data = _inflate(path, data, header.num_bytes)
+    count = math.prod(header.shape) * header.channels
+    flat = np.frombuffer(data, header.dtype, count, header.offset)
+    return flat.reshape((header.channels, *header.shape[::-1])).transpose(0, 3, 2, 1)
+
+
+def check_size(path: Path, header: NiftiHeader, data: bytes | None = None) -> None:
+    """Refuse a file that can't hold what its header claims, before memory is taken.
+
+    Args:
+        path: The file.
+        header: Its header.
+        data: The whole file if it is in memory, for an exact answer; None to go by the
+            size on disk, which for gzip is only a bound.
+
+    Raises:
+        TruncatedFileError: It is too small.
+    """
+    size = path.stat().st_size if data is None else len(data)
+    with path.open("rb") as file:
+        compressed = file.read(2) == GZIP_MAGIC
+    if not compressed:
+        if size < header.num_bytes:
+            raise too_short(path, header.num_bytes, size)
+        return
+    if size * MAX_INFLATION < header.num_bytes:
+        raise too_short(path, header.num_bytes, f"{size} compressed bytes")
+    if data is not None and int.from_bytes(data[-4:], "little") < header.num_bytes:
+        # The trailer's size is wrong for several gzip members or beyond 4 GiB: count.
+        found = _count_inflated(path, data, header.num_bytes)
+        if found < header.num_bytes:
+            raise too_short(path, header.num_bytes, found)
+
+
+def too_short(path: Path, expected: int, found: object) -> TruncatedFileError:
+    """Compose the error for a file that ends early.
+
+    Args:
+        path: The file.
+        expected: Bytes that the header promises.
+        found: Bytes that are there, or a phrase.
+
+    Returns:
+        The error, to be raised.
+    """
+    text = f"{found} bytes" if isinstance(found, int) else str(found)
+    return TruncatedFileError(
+        describe(
+            "a scan is truncated",
+            expected=f"{expected} bytes by its header",
+            found=text,
+            file=path,
+            remedy="Copy or download the file again.",
+        )
+    )
+
+
+def _count_inflated(path: Path, data: bytes, enough: int) -> int:
+    """Count the bytes of a gzip file without keeping them, up to `enough`."""
+    total, rest = 0, data
+    while rest[:2] == GZIP_MAGIC and total < enough:
+        stream = isal_zlib.decompressobj(wbits=31)
+        chunk = _decompress(path, stream, rest, _COUNTING_CHUNK)
+        while chunk:
+            total += len(chunk)
+            chunk = _decompress(path, stream, stream.unconsumed_tail, _COUNTING_CHUNK)
+        rest = stream.unused_data if stream.eof else b""
+    return total
+
+
+def _inflate(path: Path, data: bytes, num_bytes: int) -> bytes:
+    """Decompress all members of a gzip file, at most `num_bytes` of them."""
+    parts: list[bytes] = []
+    missing, rest = num_bytes, data
+    while missing > 0 and rest[:2] == GZIP_MAGIC:
+        stream = isal_zlib.decompressobj(wbits=31)
+        part = _decompress(path, stream, rest, missing)
+        if not stream.eof:  # go on to the trailer, so that the checksum is tested
+            _decompress(path, stream, stream.unconsumed_tail, 1)
+        parts.append(part)
+        missing -= len(part)
+        rest = stream.unused_data if stream.eof else b""
+    if missing > 0:
+        raise too_short(path, num_bytes, num_bytes - missing)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _decompress(path: Path, stream: Any, data: bytes, most: int) -> bytes:
+    try:
+        return stream.decompress(data, most)
+    except (isal_zlib.error, zlib.error, EOFError, MemoryError) as error:
+        raise TruncatedFileError(
+            describe(
+                "a gzip stream is broken",
+                found=str(error),
+                file=path,
+                remedy="Copy or download the file again.",
+            )
+        ) from error
