@@ -1,1 +1,26 @@
-"""Under construction."""
+"""From scans to label maps: sliding windows, predictor, trained runs, folders."""
+
+from segmamba.inference.cases import (
+    CaseResult,
+    InputCase,
+    PredictionSummary,
+    find_cases,
+    predict_cases,
+)
+from segmamba.inference.load import load_model, trained_folds
+from segmamba.inference.predictor import Prediction, Predictor
+from segmamba.inference.sliding_window import memory_bound_mib, sliding_window_logits
+
+__all__ = [
+    "CaseResult",
+    "InputCase",
+    "Prediction",
+    "PredictionSummary",
+    "Predictor",
+    "find_cases",
+    "load_model",
+    "memory_bound_mib",
+    "predict_cases",
+    "sliding_window_logits",
+    "trained_folds",
+]

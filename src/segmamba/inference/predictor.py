@@ -182,7 +182,6 @@ class Predictor:
         return {
             "overlap": self.overlap,
             "mirror_axes": list(self.mirror_axes),
-            "precision": self.precision,
         }
 
     def predict(

@@ -1,0 +1,313 @@
+"""Many cases into a folder: finished ones skipped, broken ones reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from segmamba.atomic import read_json, write_json
+from segmamba.checkpoint import versions
+from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
+from segmamba.inference.find import InputCase, Which, find_cases
+from segmamba.inference.predictor import Predictor
+from segmamba.inference.sliding_window import Progress
+from segmamba.io import read_header
+from segmamba.types import JsonDict
+
+__all__ = [
+    "CaseResult",
+    "InputCase",
+    "PredictionSummary",
+    "Which",
+    "find_cases",
+    "predict_cases",
+]
+
+MANIFEST = "predictions.json"
+"""The record of a folder of predictions."""
+
+SUFFIX = ".nii.gz"
+"""Ending of every label map that is written, whatever the scan's format."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case."""
+
+    id: str
+    """The case."""
+    status: Literal["done", "skipped", "failed"]
+    """Skipped: its label map was there already."""
+    images: tuple[Path, ...]
+    """Its files."""
+    output: Path | None = None
+    """Its label map, unless it failed."""
+    seconds: float = 0.0
+    """Reading, prediction and writing together."""
+    error: str | None = None
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What became of all cases."""
+
+    results: tuple[CaseResult, ...] = field(default=())
+    """One for each case, in the order of their ids."""
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """Cases predicted now."""
+        return tuple(item.id for item in self.results if item.status == "done")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Cases whose label map was there already."""
+        return tuple(item.id for item in self.results if item.status == "skipped")
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Cases that failed, and why."""
+        failed = (item for item in self.results if item.status == "failed")
+        return {item.id: item.error or "" for item in failed}
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """Label maps that are there now, by case."""
+        return {item.id: item.output for item in self.results if item.output}
+
+
+def predict_cases(
+    predictor: Predictor,
+    inputs: str | Path | Sequence[str | Path] | Sequence[InputCase],
+    out_folder: str | Path,
+    *,
+    overwrite: bool = False,
+    probabilities: bool = False,
+    which: Which = "all",
+    progress: Progress | None = None,
+) -> PredictionSummary:
+    """Predict cases one by one into a folder.
+
+    Writes <case>.nii.gz, with `probabilities` also probabilities/<case>.nii.gz (4D,
+    float32, one volume for each output), each whole or not at all, and after every case
+    predictions.json: model, options, versions, and for each case files, seconds and
+    errors. A rerun goes on where the last one ended.
+
+    Args:
+        predictor: The model.
+        inputs: What `find_cases` takes, or its result.
+        out_folder: Made if it is missing.
+        overwrite: Predict finished cases again.
+        probabilities: Write probabilities too.
+        which: Of a data set: all cases, or those with or without a label map.
+        progress: Called with cases done, their number, and case and window at work.
+
+    Returns:
+        What was done, skipped and failed. A broken case doesn't stop the others.
+
+    Raises:
+        FormatError: No case is found, or the folder can't be written to.
+        ConfigError: Two cases have one name; or the folder holds another model's
+            predictions and `overwrite` is off.
+    """
+    cases = _cases(predictor, inputs, which)
+    folder = Path(out_folder)
+    record = _Record.open(folder, predictor, overwrite)
+    results: list[CaseResult] = []
+    for index, case in enumerate(cases):
+        steps = _Steps(progress, index, len(cases))
+        done = not overwrite and _is_done(case, folder, probabilities)
+        if done:
+            result = CaseResult(case.id, "skipped", case.images, _output(folder, case))
+        else:
+            result = _predict_case(predictor, case, folder, probabilities, steps)
+        results.append(result)
+        record.add(result, predictor.device)
+        if progress is not None:
+            progress(index + 1, len(cases), case.id)
+    return PredictionSummary(tuple(results))
+
+
+def _cases(
+    predictor: Predictor,
+    inputs: str | Path | Sequence[str | Path] | Sequence[InputCase],
+    which: Which,
+) -> list[InputCase]:
+    if isinstance(inputs, (str, Path)):
+        cases = find_cases(inputs, predictor.channels, which=which)
+    else:
+        given = [item for item in inputs if isinstance(item, InputCase)]
+        files = [item for item in inputs if not isinstance(item, InputCase)]
+        cases = given or find_cases(files, predictor.channels, which=which)
+    names = Counter(case.id for case in cases)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ConfigError(
+            describe(
+                "two scans would be written to one file",
+                found=", ".join(f"{name}{SUFFIX}" for name in twice[:5]),
+                remedy="Rename them, or predict them into different folders.",
+            )
+        )
+    return cases
+
+
+def _predict_case(
+    predictor: Predictor,
+    case: InputCase,
+    folder: Path,
+    probabilities: bool,
+    steps: _Steps,
+) -> CaseResult:
+    start = time.perf_counter()
+    output: Path | None = None
+    try:
+        if case.problem is not None:
+            raise FormatError(case.problem)
+        prediction = predictor.predict(
+            case.images,
+            probabilities=probabilities,
+            case=f"case {case.id}",
+            progress=steps,
+        )
+        if probabilities:  # first, since a label map says that the case is finished
+            prediction.save_probabilities(_probabilities(folder, case))
+        output, error = prediction.save(_output(folder, case)), None
+    except SegMambaError as problem:
+        error = str(problem)
+    except OSError as problem:
+        error = describe("can't write the prediction", found=problem, file=folder)
+    except Exception as problem:  # the other cases must not suffer from it
+        _log.exception("case %s failed", case.id)
+        error = f"{type(problem).__name__}: {problem}"
+    seconds = time.perf_counter() - start
+    status = "done" if error is None else "failed"
+    return CaseResult(case.id, status, case.images, output, seconds, error)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Turns windows of a case into progress of the whole job."""
+
+    progress: Progress | None
+    index: int
+    count: int
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self.progress is not None:
+            text = f"{what}, window {done} of {total}"
+            self.progress(self.index, self.count, text)
+
+
+@dataclass
+class _Record:
+    """The folder's predictions.json, kept up to date."""
+
+    path: Path
+    data: JsonDict
+
+    @classmethod
+    def open(cls, folder: Path, predictor: Predictor, overwrite: bool) -> _Record:
+        path = folder / MANIFEST
+        head = {
+            "model": predictor.identity,
+            "options": predictor.options,
+            "outputs": list(predictor.names),
+        }
+        head = json.loads(json.dumps(head))  # as it will be read back
+        old = read_json(path) if path.is_file() and not overwrite else {}
+        changed = [key for key in head if key in old and old[key] != head[key]]
+        if changed:
+            raise ConfigError(
+                describe(
+                    "the folder holds predictions of another model or other options",
+                    expected=", ".join(f"{key} {head[key]}" for key in changed),
+                    found=", ".join(f"{key} {old[key]}" for key in changed),
+                    file=path,
+                    remedy="Use another folder, or --overwrite.",
+                )
+            )
+        record = cls(path, {**head, "versions": versions(), "cases": {}})
+        record.data["cases"].update(old.get("cases", {}))
+        record.write()
+        return record
+
+    def add(self, result: CaseResult, device: torch.device) -> None:
+        cases = self.data["cases"]
+        if result.status == "skipped" and result.id in cases:
+            return
+        cases[result.id] = {
+            "status": result.status,
+            "images": [str(path) for path in result.images],
+            "output": result.output.name if result.output else None,
+            "seconds": round(result.seconds, 3),
+            "device": str(device),
+            "error": result.error,
+        }
+        self.data["peak_memory_mib"] = peak_memory_mib(device)
+        self.write()
+
+    def write(self) -> None:
+        try:
+            write_json(self.path, self.data)
+        except OSError as error:
+            raise FormatError(
+                describe(
+                    "can't write to the folder of predictions",
+                    found=error,
+                    file=self.path.parent,
+                    remedy="Make room, or choose a folder that you may write to.",
+                )
+            ) from error
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Tell the most memory that this process held so far.
+
+    Args:
+        device: A GPU's own memory for "cuda", else the process's resident memory.
+
+    Returns:
+        MiB; None where the system doesn't tell (Windows).
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _output(folder: Path, case: InputCase) -> Path:
+    return folder / f"{case.id}{SUFFIX}"
+
+
+def _probabilities(folder: Path, case: InputCase) -> Path:
+    return folder / "probabilities" / f"{case.id}{SUFFIX}"
+
+
+def _is_done(case: InputCase, folder: Path, probabilities: bool) -> bool:
+    """Tell whether whole files of the scan's size are there."""
+    files = [_output(folder, case)]
+    files += [_probabilities(folder, case)] if probabilities else []
+    if case.problem is not None or not all(file.is_file() for file in files):
+        return False
+    try:
+        shape = read_header(case.images[0]).shape
+        return all(read_header(file).shape == shape for file in files)
+    except SegMambaError:
+        return False

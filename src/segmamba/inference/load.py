@@ -1,0 +1,270 @@
+"""A trained run from its folder, ready to predict."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from segmamba.atomic import read_json
+from segmamba.checkpoint import ModelFile, load_model_file
+from segmamba.config import load_yaml
+from segmamba.data.dataset import Dataset, dataset_from_dict
+from segmamba.data.plan import Plan, load_plan, plan_hash
+from segmamba.errors import CheckpointError, ConfigError, describe
+from segmamba.inference.predictor import Predictor
+from segmamba.nn import build_network
+from segmamba.types import JsonDict
+
+MODEL_FILE = "model.safetensors"
+"""What a fold's folder holds for prediction."""
+
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    run: str | Path,
+    device: str | torch.device = "auto",
+    folds: Sequence[int | str] | int | str | None = None,
+    *,
+    overlap: float = 0.5,
+    mirror: bool | Sequence[int] = True,
+    precision: str = "auto",
+    batch_size: int = 1,
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> Predictor:
+    """Load a trained run: plan, data set's channels and labels, weights of its folds.
+
+    Only JSON, YAML and safetensors files are read, nothing is unpickled.
+
+    Args:
+        run: The folder that training wrote, or one fold's folder in it.
+        device: "auto", "cpu", "cuda", "mps" or a device.
+        folds: Which to average, such as 0, (0, 1) or "all" (the model trained on every
+            case). None takes all numbered folds whose training is over; if none is,
+            those that have weights; if there are none, "all".
+        overlap: Share of a window's side that neighbours have in common.
+        mirror: Average over mirrorings, along the axes in which training mirrored; or
+            the axes of (D, H, W).
+        precision: "auto", "fp32", "bf16" or "fp16".
+        batch_size: Windows in a forward pass.
+        accumulate_dtype: Type of the summed logits: float32, or float16 to save memory.
+
+    Returns:
+        A predictor: call it with a path or an array.
+
+    Raises:
+        CheckpointError: It isn't a run, nothing is trained, a fold is missing, or
+            weights don't fit the plan.
+        ConfigError: An option is out of range.
+        BackendUnavailableError: The device isn't there.
+    """
+    folder, folds = _resolve_run(Path(run), folds)
+    plan = load_plan(folder / "plan.json")
+    source = folder / "dataset.json"
+    dataset = dataset_from_dict(read_json(source))
+    models = _load_folds(folder, folds)
+    for path, model in models.items():
+        _check(path, model, plan, dataset)
+    return Predictor(
+        [_build(path, model, plan) for path, model in models.items()],
+        plan,
+        dataset.channels,
+        dataset.labels,
+        device=device,
+        overlap=overlap,
+        mirror=_mirror_axes(mirror, list(models)),
+        precision=precision,
+        batch_size=batch_size,
+        accumulate_dtype=accumulate_dtype,
+        identity=_identity(models),
+    )
+
+
+@dataclass(frozen=True)
+class TrainedFold:
+    """A fold of a run that has weights."""
+
+    name: str
+    """Its number, or "all"."""
+    path: Path
+    """Its model file."""
+
+
+def trained_folds(run: str | Path) -> list[TrainedFold]:
+    """List the folds of a run that have weights.
+
+    Args:
+        run: The folder that training wrote.
+
+    Returns:
+        Numbered folds in ascending order, then "all".
+    """
+    found = [
+        TrainedFold(path.parent.name.removeprefix("fold_"), path)
+        for path in Path(run).glob(f"fold_*/{MODEL_FILE}")
+    ]
+    return sorted(found, key=lambda fold: (not fold.name.isdigit(), _order(fold.name)))
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (int(name) if name.isdigit() else 0, name)
+
+
+def _resolve_run(
+    run: Path, folds: Sequence[int | str] | int | str | None
+) -> tuple[Path, list[str] | None]:
+    if run.name == MODEL_FILE and run.is_file():
+        run = run.parent
+    if run.name.startswith("fold_") and (run.parent / "plan.json").is_file():
+        if folds is None:
+            folds = run.name.removeprefix("fold_")
+        run = run.parent
+    for name in ("plan.json", "dataset.json"):
+        if not (run / name).is_file():
+            raise CheckpointError(
+                describe(
+                    "not a trained run",
+                    expected="a folder that 'segmamba train' wrote",
+                    found=f"no {name}" if run.is_dir() else "no such folder",
+                    file=run,
+                )
+            )
+    if folds is None:
+        return run, None
+    group = [folds] if isinstance(folds, (int, str)) else list(folds)
+    return run, [str(fold).removeprefix("fold_") for fold in group]
+
+
+def _load_folds(run: Path, folds: list[str] | None) -> dict[Path, ModelFile]:
+    there = {fold.name: fold.path for fold in trained_folds(run)}
+    if not there:
+        raise CheckpointError(
+            describe(
+                "nothing is trained yet",
+                expected=f"fold_0/{MODEL_FILE} or another fold's",
+                file=run,
+                remedy=f"Run: segmamba train DATA -o {run}",
+            )
+        )
+    if folds is not None:
+        return {path: load_model_file(path) for path in _named(there, folds, run)}
+    paths = [path for name, path in there.items() if name.isdigit()]
+    models = {path: load_model_file(path) for path in paths or there.values()}
+    finished = {p: m for p, m in models.items() if m.metadata.get("finished", True)}
+    if finished and len(finished) < len(models):
+        left = sorted(path.parent.name for path in set(models) - set(finished))
+        _log.warning("left out, still in training: %s", ", ".join(left))
+    return finished or models
+
+
+def _named(there: dict[str, Path], folds: list[str], run: Path) -> list[Path]:
+    missing = [fold for fold in folds if fold not in there]
+    if missing or not folds:
+        raise CheckpointError(
+            describe(
+                f"fold {', '.join(missing) or '(none)'} is not trained",
+                expected="one or more of " + ", ".join(there),
+                file=run,
+                remedy="Train it with --fold, or name another.",
+            )
+        )
+    return [there[fold] for fold in dict.fromkeys(folds)]
+
+
+def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
+    trained, now = model.metadata.get("plan_hash"), plan_hash(plan)
+    if trained is not None and trained != now:
+        raise CheckpointError(
+            describe(
+                "the plan was changed since this model was trained",
+                expected=f"plan {trained}",
+                found=f"plan {now}",
+                file=path,
+                remedy="Put the old plan.json back, or train again.",
+            )
+        )
+    config = model.network or plan.network
+    expected = (len(dataset.channels), dataset.labels.num_outputs)
+    found = (config.in_channels, config.out_channels)
+    if expected != found:
+        raise CheckpointError(
+            describe(
+                "the model doesn't fit the data set's channels and labels",
+                expected=f"{expected[0]} channels in, {expected[1]} out",
+                found=f"{found[0]} in, {found[1]} out",
+                file=path,
+            )
+        )
+
+
+def _build(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
+    try:
+        network = build_network(model.network or plan.network)
+    except ConfigError as error:
+        raise CheckpointError(
+            describe("can't build the model's network", found=error, file=path)
+        ) from error
+    known, given = set(network.state_dict()), set(model.tensors)
+    if known != given:
+        raise CheckpointError(
+            describe(
+                "weights don't fit the network",
+                expected=f"also {_some(known - given)}" if known - given else None,
+                found=f"unknown {_some(given - known)}" if given - known else None,
+                file=path,
+            )
+        )
+    try:
+        network.load_state_dict(model.tensors)
+    except RuntimeError as error:  # shapes
+        raise CheckpointError(
+            describe("weights don't fit the network", found=error, file=path)
+        ) from error
+    return network
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:4]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _mirror_axes(
+    mirror: bool | Sequence[int], paths: list[Path]
+) -> bool | Sequence[int]:
+    """Mirror no axis that the training did not: the network never saw it so."""
+    if mirror is not True:
+        return mirror
+    axes = {0, 1, 2}
+    for path in paths:
+        config = path.with_name("config.yaml")
+        data = load_yaml(config) if config.is_file() else {}
+        augmentation = data.get("augmentation") or {}
+        if not augmentation.get("enabled", True):
+            return False
+        axes &= set(augmentation.get("mirror_axes", axes))
+    return tuple(sorted(axes))
+
+
+def _identity(models: dict[Path, ModelFile]) -> JsonDict:
+    """What tells these weights from others: fold, steps and checksum of each."""
+    return {
+        "folds": [path.parent.name.removeprefix("fold_") for path in models],
+        "steps": [model.metadata.get("step") for model in models.values()],
+        "weights": [_fingerprint(model) for model in models.values()],
+    }
+
+
+def _fingerprint(model: ModelFile) -> str:
+    """Sum up all weights; enough to tell two trainings apart."""
+    total = 0
+    for name in sorted(model.tensors):
+        raw = model.tensors[name].contiguous().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(raw.numpy().data, total)
+    return f"{total:08x}"
