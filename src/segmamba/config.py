@@ -60,6 +60,37 @@ class NetworkConfig:
     """Give logits at lower resolutions too while training."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    stem: Literal["full", "depthwise", "serial"] | None = None
+    """First convolution of the encoder: full or depth-wise on the image, or one that
+    reads the full-resolution block instead; None takes the preset's (also below)."""
+    stem_kernel: int | None = None
+    """Odd kernel size of a full or depth-wise stem."""
+    down_norm: bool | None = None
+    """Instance norm in front of each down-sampling."""
+    gsc: Literal["add", "mul", "paper", "none"] | None = None
+    """Gated spatial convolution: branches added or multiplied, as published, or the
+    product of the paper's text."""
+    gsc_per_layer: bool | None = None
+    """A gated spatial convolution in each Mamba layer, not one in each stage."""
+    conv_blocks: tuple[int, ...] | None = None
+    """Residual convolution blocks of each stage, in front of its Mamba layers."""
+    mlp: Literal["skip", "layer", "none"] | None = None
+    """Perceptron on the skips, or with a residual in each Mamba layer."""
+    fue: bool | None = None
+    """Scale the skips by the paper's feature-level uncertainty."""
+    bottleneck: Literal["block", "down", "none"] | None = None
+    """Deepest block: at the last stage's resolution, behind one more down-sampling,
+    or left out."""
+    skip_block: Literal["residual", "identity"] | None = None
+    """What a skip passes through; identity only where its channels stay."""
+    decoder_block: Literal["residual", "conv"] | None = None
+    """Convolutions of a decoder step: a residual block, or one convolution."""
+    final_block: bool | None = None
+    """One more residual block at full resolution in front of the logits."""
+    base_channels: int | None = None
+    """Channels at full resolution; 0 takes those of the first stage."""
+    convolution_init: Literal["torch", "he"] | None = None
+    """Start of convolutions: torch's default as published, or He's."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +101,17 @@ class AugmentationConfig:
     """Turn all of it off with false."""
     rotation_degrees: float = 30.0
     """Rotation about each axis is drawn from plus or minus this."""
+    rotation_degrees_in_plane: float = 180.0
+    """The same for patches with one side over three times another, which are turned
+    in their plane only."""
     p_rotation: float = 0.2
     """Probability of a rotation."""
     scaling: tuple[float, float] = (0.7, 1.4)
-    """Range of the zoom."""
+    """Range of the zoom: how many times as much of the image a patch shows."""
     p_scaling: float = 0.2
     """Probability of a zoom."""
     p_noise: float = 0.1
-    """Probability of Gaussian noise (variance 0 to 0.1)."""
+    """Probability of Gaussian noise (deviation 0 to 0.1)."""
     p_blur: float = 0.2
     """Probability of a Gaussian blur (sigma 0.5 to 1 voxel), half of the channels."""
     p_brightness: float = 0.15

@@ -1,0 +1,308 @@
+"""The convolution blocks of the networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segmamba.types import Size3
+
+SLOPE = 0.01
+"""Negative slope of the leaky ReLU."""
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """Normalise each channel of each case to mean 0 and variance 1 over space.
+
+    Args:
+        x: Features, (B, C, D, H, W), of more than one voxel.
+
+    Returns:
+        Features of the same shape, type and memory format; eps 1e-5, biased variance.
+    """
+    channels_last = torch.channels_last_3d
+    if x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return F.group_norm(x, x.shape[1])
+    # Group norm is slow on channels-last; a batch norm of one case is the same thing.
+    cases = [F.batch_norm(case, None, None, training=True) for case in x.split(1)]
+    return cases[0] if len(cases) == 1 else torch.cat(cases)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions around a shortcut, as MONAI's UnetrBasicBlock.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        project: Give the shortcut a 1x1x1 convolution even if the channels are equal.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, project: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv3 = None
+        if project or in_channels != out_channels:
+            self.conv3 = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
+        y = F.leaky_relu(instance_norm(self.conv1(x)), SLOPE, inplace=True)
+        y = instance_norm(self.conv2(y))
+        shortcut = x if self.conv3 is None else instance_norm(self.conv3(x))
+        return F.leaky_relu(y + shortcut, SLOPE, inplace=True)
+
+
+class ConvolutionBlock(nn.Module):
+    """A 3x3x3 convolution, instance norm and leaky ReLU.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
+        return F.leaky_relu(instance_norm(self.conv(x)), SLOPE, inplace=True)
+
+
+class UpBlock(nn.Module):
+    """Up-sample, join the skip, convolve, as MONAI's UnetrUpBlock.
+
+    Args:
+        in_channels: Channels from below.
+        out_channels: Channels of the skip and of the output.
+        stride: Up-sampling along (D, H, W).
+        block: "residual" for a residual block, "conv" for one convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Size3 = (2, 2, 2),
+        block: str = "residual",
+    ) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(
+            in_channels, out_channels, stride, stride, bias=False
+        )
+        if block == "residual":
+            self.block: nn.Module = ResidualBlock(2 * out_channels, out_channels)
+        else:
+            self.block = ConvolutionBlock(2 * out_channels, out_channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Join x (B, in_channels, d, h, w) to skip (B, out_channels, D, H, W).
+
+        Args:
+            x: Features from below.
+            skip: Features of the encoder, stride times as large.
+
+        Returns:
+            Features, (B, out_channels, D, H, W).
+        """
+        return self.block(torch.cat((self.up(x), skip), dim=1))
+
+
+class GatedSpatialConvolution(nn.Module):
+    """GSC of the published code: x + unit1(unit3(unit3(x)) + unit1(x)).
+
+    A unit is convolution, instance norm, ReLU. The biases have no effect, for the
+    norm takes them out; they exist because published weights hold them.
+
+    Args:
+        channels: Channels of input and output.
+        product: Multiply the two branches, as the code did in March 2024.
+    """
+
+    def __init__(self, channels: int, *, product: bool = False) -> None:
+        super().__init__()
+        self.product = product
+        self.spatial1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.spatial2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.gate = nn.Conv3d(channels, channels, 1)
+        self.fuse = nn.Conv3d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, D, H, W) to the same shape."""
+        spatial = self._unit(self.spatial2, self._unit(self.spatial1, x))
+        gate = self._unit(self.gate, x)
+        joined = spatial * gate if self.product else spatial + gate
+        return self._unit(self.fuse, joined) + x
+
+    @staticmethod
+    def _unit(convolution: nn.Conv3d, x: Tensor) -> Tensor:
+        return F.relu(instance_norm(convolution(x)), inplace=True)
+
+
+class PaperGatedSpatialConvolution(nn.Module):
+    """GSC of the paper's text: x + C3(C3(x) * C1(x)).
+
+    C is instance norm, convolution, ReLU; 3 and 1 are kernel sizes.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv3d(channels, channels, 3, padding=1)
+        self.gate = nn.Conv3d(channels, channels, 1)
+        self.fuse = nn.Conv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, D, H, W) to the same shape."""
+        normed = instance_norm(x)
+        product = F.relu(self.spatial(normed)) * F.relu(self.gate(normed))
+        return F.relu(self.fuse(instance_norm(product))) + x
+
+
+def gated_spatial_convolution(kind: str, channels: int) -> nn.Module:
+    """Build the gated spatial convolution that a configuration names.
+
+    Args:
+        kind: "add", "mul", "paper" or "none".
+        channels: Channels of input and output.
+
+    Returns:
+        A module from (B, C, D, H, W) to the same shape.
+    """
+    if kind == "none":
+        return nn.Identity()
+    if kind == "paper":
+        return PaperGatedSpatialConvolution(channels)
+    return GatedSpatialConvolution(channels, product=kind == "mul")
+
+
+class ChannelMlp(nn.Module):
+    """Two 1x1x1 convolutions around a GELU.
+
+    Args:
+        channels: Channels of input and output.
+        ratio: Inner channels over outer ones.
+    """
+
+    def __init__(self, channels: int, ratio: int = 2) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv3d(channels, ratio * channels, 1)
+        self.fc2 = nn.Conv3d(ratio * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, D, H, W) to the same shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class TokenMlp(nn.Module):
+    """Two linear layers around a GELU.
+
+    Args:
+        channels: Channels of input and output.
+        ratio: Inner channels over outer ones.
+    """
+
+    def __init__(self, channels: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, ratio * channels)
+        self.fc2 = nn.Linear(ratio * channels, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (B, L, C) to the same shape."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Downsampling(nn.Module):
+    """A convolution whose kernel is its stride, with an instance norm before it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Down-sampling along (D, H, W).
+        norm: Whether the instance norm is there.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: Size3, *, norm: bool
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.conv = nn.Conv3d(in_channels, out_channels, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
+        return self.conv(instance_norm(x) if self.norm else x)
+
+
+class Stem(nn.Module):
+    """The large convolution that the encoder starts with.
+
+    Args:
+        in_channels: Channels of the image.
+        out_channels: Channels of the first stage.
+        stride: Down-sampling along (D, H, W).
+        kernel: Odd kernel size.
+        depthwise: Split the channels into as many groups as both counts allow: one
+            group a channel where out_channels is a multiple of in_channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Size3,
+        *,
+        kernel: int = 7,
+        depthwise: bool = False,
+    ) -> None:
+        super().__init__()
+        groups = math.gcd(in_channels, out_channels) if depthwise else 1
+        self.conv = nn.Conv3d(
+            in_channels, out_channels, kernel, stride, kernel // 2, groups=groups
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
+        return self.conv(x)
+
+
+def feature_uncertainty(z: Tensor) -> Tensor:
+    """Scale features by their certainty: z + z (1 - u), u = -m log m.
+
+    m is the sigmoid of the mean over channels. Source: FUE of arXiv 2401.13560 v4.
+
+    Args:
+        z: Features, (B, C, D, H, W).
+
+    Returns:
+        Features of the same shape, scaled by 1.63 to 2.
+    """
+    mean = z.mean(dim=1, keepdim=True)
+    entropy = -torch.sigmoid(mean) * F.logsigmoid(mean)
+    return z * (2 - entropy)
+
+
+def pad_to_multiple(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Pad the end of each axis with zeros.
+
+    Args:
+        x: Image, (B, C, D, H, W).
+        sides: Wanted (D, H, W), none smaller than the image's.
+
+    Returns:
+        The image, (B, C, *sides); itself if nothing is missing.
+    """
+    missing = [side - now for side, now in zip(sides, x.shape[2:], strict=True)]
+    if not any(missing):
+        return x
+    depth, height, width = missing
+    return F.pad(x, (0, width, 0, height, 0, depth))

@@ -1,0 +1,301 @@
+"""The whole network, to be read from the top down."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segmamba.config import NetworkConfig
+from segmamba.errors import GeometryError, describe
+from segmamba.nn.blocks import (
+    SLOPE,
+    ChannelMlp,
+    Downsampling,
+    ResidualBlock,
+    Stem,
+    UpBlock,
+    feature_uncertainty,
+    gated_spatial_convolution,
+    instance_norm,
+    pad_to_multiple,
+)
+from segmamba.nn.mamba import MambaLayer, TriOrientatedMamba
+from segmamba.types import Size3
+
+
+class SegMamba(nn.Module):
+    """A U-shaped network with Mamba layers in its encoder.
+
+    Level 0 is the image's own resolution; stage i of the encoder works on level i + 1.
+    The image is padded to what the strides need, and the logits are cropped back.
+
+    Args:
+        config: A complete configuration, as `preset_config` gives it.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, strides = level_channels(config), level_strides(config)
+        self.first_block = ResidualBlock(config.in_channels, widths[0])
+        self.stages = nn.ModuleList(
+            EncoderStage(config, index) for index in range(len(config.dims))
+        )
+        self.skips = nn.ModuleList(
+            _skip_block(config, before, after)
+            for before, after in zip(config.dims, widths[1:-1], strict=False)
+        )
+        self.bottom = _bottom(config)
+        self.decoder = nn.ModuleList(
+            UpBlock(below, here, stride, config.decoder_block or "residual")
+            for below, here, stride in zip(
+                widths[1:], widths[:-1], strides, strict=True
+            )
+        )
+        self.final_block = (
+            ResidualBlock(widths[0], widths[0]) if config.final_block else nn.Identity()
+        )
+        self.head = nn.Conv3d(widths[0], config.out_channels, 1)
+        self.lower_heads = nn.ModuleList(
+            nn.Conv3d(width, config.out_channels, 1) for width in widths[1:-1]
+        )
+        if not config.deep_supervision:
+            self.lower_heads = nn.ModuleList()
+        if config.convolution_init == "he":
+            self.apply(_he_initialization)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Compute logits.
+
+        Args:
+            image: (B, in_channels, D, H, W), any sides.
+
+        Returns:
+            Logits, (B, out_channels, D, H, W). With deep supervision and in training,
+            a list of them: full resolution first, then ever lower ones, of
+            ceil(side / stride) voxels.
+
+        Raises:
+            GeometryError: The image has the wrong number of axes or channels, or a
+                forced number of slices does not fit its size.
+        """
+        self._check_input(image)
+        size = (image.shape[2], image.shape[3], image.shape[4])
+        x = pad_to_multiple(image, padded_size(size, level_strides(self.config)))
+        skips, x = self._encode(x)
+        features = self._decode(skips, x)
+        heads = (self.head, *self.lower_heads) if self.training else (self.head,)
+        logits = [head(feature) for head, feature in zip(heads, features, strict=False)]
+        logits[0] = _crop(logits[0], size)
+        if len(logits) == 1:
+            return logits[0]
+        return [logits[0], *self._crop_lower(logits[1:], size)]
+
+    def _encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Give the skips of levels 0, 1, ... and the deepest features."""
+        skips = [self._run(self.first_block, image)]
+        x = skips[0] if self.config.stem == "serial" else image
+        outputs = []
+        for stage in self.stages:
+            x, output = self._run(stage, x)
+            outputs.append(output)
+        for skip, output in zip(self.skips, outputs, strict=False):
+            tapped = feature_uncertainty(output) if self.config.fue else output
+            skips.append(self._run(skip, tapped))
+        deepest = x if self.config.bottleneck == "down" else outputs[-1]
+        return skips, self._run(self.bottom, deepest)
+
+    def _decode(self, skips: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Give the decoder's features of levels 0, 1, ..."""
+        features: list[Tensor] = []
+        for level in reversed(range(len(skips))):
+            x = self._run(self.decoder[level], x, skips[level])
+            features.insert(0, x)
+        features[0] = self._run(self.final_block, features[0])
+        return features
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(
+                module, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        return module(*inputs)
+
+    def _crop_lower(self, logits: list[Tensor], size: Size3) -> list[Tensor]:
+        cropped = []
+        for item, stride in zip(logits, level_strides(self.config), strict=False):
+            size = _ceil_divide(size, stride)
+            cropped.append(_crop(item, size))
+        return cropped
+
+    def _check_input(self, image: Tensor) -> None:
+        channels = self.config.in_channels
+        if image.dim() != 5 or image.shape[1] != channels:
+            raise GeometryError(
+                describe(
+                    "a network takes a batch of volumes",
+                    expected=f"(B, {channels}, D, H, W)",
+                    found=tuple(image.shape),
+                )
+            )
+
+
+class EncoderStage(nn.Module):
+    """Down-sample, convolve, then mix the whole volume with Mamba layers.
+
+    Args:
+        config: A complete configuration.
+        index: Which stage, 0 to len(dims) - 1.
+    """
+
+    def __init__(self, config: NetworkConfig, index: int) -> None:
+        super().__init__()
+        channels = config.dims[index]
+        gsc = config.gsc or "none"
+        self.down = _stage_entry(config, index)
+        per_layer = bool(config.gsc_per_layer)
+        self.gsc = gated_spatial_convolution("none" if per_layer else gsc, channels)
+        blocks = config.conv_blocks[index] if config.conv_blocks else 0
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(channels, channels) for _ in range(blocks))
+        )
+        self.layers = nn.Sequential(
+            *(
+                MambaLayer(
+                    channels,
+                    _mixer(config, index),
+                    mlp=config.mlp == "layer",
+                    gsc=gsc if per_layer else "none",
+                )
+                for _ in range(config.depths[index])
+            )
+        )
+        self.skip_mlp = ChannelMlp(channels) if config.mlp == "skip" else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the stage.
+
+        Args:
+            x: Features of the stage before, or the image, (B, C', D', H', W').
+
+        Returns:
+            Features for the next stage, and those for the skip, both (B, C, D, H, W).
+        """
+        x = self.layers(self.blocks(self.gsc(self.down(x))))
+        if self.skip_mlp is None:
+            return x, x
+        return x, self.skip_mlp(instance_norm(x))
+
+
+def level_channels(config: NetworkConfig) -> list[int]:
+    """Give the decoder's channels of each level, full resolution first.
+
+    The published decoder widens the skips: its level i has the channels of stage i,
+    one stage deeper. With a bottleneck behind one more down-sampling, or with none,
+    each level keeps the channels of its own stage.
+
+    Args:
+        config: A complete configuration.
+
+    Returns:
+        Channels of levels 0 to the deepest, whose last is the bottleneck.
+    """
+    base = config.base_channels or config.dims[0]
+    if config.bottleneck == "block":
+        return [base, *config.dims[1:], config.hidden_size]
+    if config.bottleneck == "down":
+        return [base, *config.dims, config.hidden_size]
+    return [base, *config.dims]
+
+
+def level_strides(config: NetworkConfig) -> list[Size3]:
+    """Give the stride from each level to the next; a last down-sampling included."""
+    extra = [config.strides[-1]] if config.bottleneck == "down" else []
+    return [*config.strides, *extra]
+
+
+def padded_size(size: Size3, strides: list[Size3]) -> Size3:
+    """Give the size that an image is padded to.
+
+    Args:
+        size: (D, H, W) of the image in voxels.
+        strides: Stride of each level.
+
+    Returns:
+        The next multiples of the total strides; twice those on each down-sampled axis
+        where the deepest level would have a single voxel, which has no variance.
+    """
+    totals = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+    counts = [-(-side // total) for side, total in zip(size, totals, strict=True)]
+    if math.prod(counts) == 1:
+        counts = [2 if total > 1 else 1 for total in totals]
+        counts = counts if max(counts) > 1 else [2, 2, 2]
+    padded = [count * total for count, total in zip(counts, totals, strict=True)]
+    return (padded[0], padded[1], padded[2])
+
+
+def _crop(x: Tensor, size: Size3) -> Tensor:
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    depth, height, width = size
+    return x[:, :, :depth, :height, :width]
+
+
+def _ceil_divide(size: Size3, stride: Size3) -> Size3:
+    sides = [-(-side // step) for side, step in zip(size, stride, strict=True)]
+    return (sides[0], sides[1], sides[2])
+
+
+def _stage_entry(config: NetworkConfig, index: int) -> nn.Module:
+    stride, channels = config.strides[index], config.dims[index]
+    norm = bool(config.down_norm)
+    if index > 0:
+        return Downsampling(config.dims[index - 1], channels, stride, norm=norm)
+    if config.stem == "serial":
+        return Downsampling(level_channels(config)[0], channels, stride, norm=norm)
+    return Stem(
+        config.in_channels,
+        channels,
+        stride,
+        kernel=config.stem_kernel or 7,
+        depthwise=config.stem == "depthwise",
+    )
+
+
+def _mixer(config: NetworkConfig, index: int) -> TriOrientatedMamba:
+    return TriOrientatedMamba(
+        config.dims[index],
+        config.orientations or ("forward", "reverse", "slice"),
+        d_state=config.d_state,
+        d_conv=config.d_conv,
+        expand=config.expand,
+        num_slices=config.num_slices[index] if config.num_slices else None,
+        initialization=config.initialization,
+    )
+
+
+def _skip_block(config: NetworkConfig, before: int, after: int) -> nn.Module:
+    if config.skip_block == "identity" and before == after:
+        return nn.Identity()
+    return ResidualBlock(before, after)
+
+
+def _bottom(config: NetworkConfig) -> nn.Module:
+    last, hidden = config.dims[-1], config.hidden_size
+    if config.bottleneck == "none":
+        return nn.Identity()
+    if config.bottleneck == "block":
+        return ResidualBlock(last, hidden)
+    down = Downsampling(last, hidden, config.strides[-1], norm=bool(config.down_norm))
+    return nn.Sequential(down, ResidualBlock(hidden, hidden))
+
+
+def _he_initialization(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        nn.init.kaiming_normal_(module.weight, SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
