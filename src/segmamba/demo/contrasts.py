@@ -90,9 +90,9 @@ def render(
     necrotic_flair = rng.uniform(-0.45, 0.30)
     oedema_gain = np.exp(rng.normal(0, 0.05))
     images = {}
-    values: dict[str, float]
     for channel in CHANNELS:
-        values[str, float] = dict(zip(("n", "o", "e"), _LESION[channel], strict=True))
+        values: dict[str, float] = {}
+        values["n"], values["o"], values["e"] = _LESION[channel]
         if channel == "t1c":
             values["e"] *= take_up
         if channel == "t2f":
