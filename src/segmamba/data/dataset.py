@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segmamba.data.labels import LabelScheme
+from segmamba.errors import FormatError, describe
+from segmamba.types import JsonDict
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,130 @@ class Dataset:
     """Cases with a label map, sorted by id."""
     unlabelled: tuple[Case, ...] = ()
     """Cases without one (test folders), sorted by id."""
+
+
+_FORMAT = "segmamba dataset 1"
+
+
+def dataset_to_dict(dataset: Dataset) -> JsonDict:
+    """Turn a data set into plain values, for `dataset.json` in a run's folder.
+
+    Args:
+        dataset: The data set.
+
+    Returns:
+        A JSON-able mapping; paths under the root are relative to it, with slashes.
+    """
+    scheme = dataset.labels
+    return {
+        "format": _FORMAT,
+        "name": dataset.name,
+        "root": str(dataset.root.resolve()),
+        "layout": dataset.layout,
+        "channels": list(dataset.channels),
+        "labels": {
+            "labels": dict(scheme.labels),
+            "regions": {name: list(group) for name, group in scheme.regions.items()},
+            "regions_order": list(scheme.regions_order),
+            "ignore_label": scheme.ignore_label,
+        },
+        "cases": [_case_to_dict(case, dataset.root) for case in dataset.cases],
+        "unlabelled": [
+            _case_to_dict(case, dataset.root) for case in dataset.unlabelled
+        ],
+    }
+
+
+def dataset_from_dict(
+    data: JsonDict, *, source: Path | str = "dataset.json"
+) -> Dataset:
+    """Undo `dataset_to_dict`.
+
+    Args:
+        data: The mapping.
+        source: The file it came from, for errors.
+
+    Returns:
+        The data set. No file is looked at.
+
+    Raises:
+        FormatError: A key is missing or holds something else.
+    """
+    try:
+        root = Path(data["root"])
+        return Dataset(
+            name=str(data["name"]),
+            root=root,
+            layout=str(data["layout"]),
+            channels=tuple(str(name) for name in data["channels"]),
+            labels=labels_from_dict(data["labels"]),
+            cases=tuple(_case_from_dict(item, root) for item in data["cases"]),
+            unlabelled=tuple(
+                _case_from_dict(item, root) for item in data.get("unlabelled", [])
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            describe(
+                "a data set's description is damaged",
+                expected="what segmamba plan or train wrote",
+                found=f"{type(error).__name__} ({error})",
+                file=source,
+                remedy="Delete it and run segmamba plan again.",
+            )
+        ) from error
+
+
+def is_dataset_dict(data: object) -> bool:
+    """Tell whether a JSON value was made by `dataset_to_dict`."""
+    return isinstance(data, dict) and data.get("format") == _FORMAT
+
+
+def labels_from_dict(data: JsonDict) -> LabelScheme:
+    """Build a label scheme from its JSON form in `dataset_to_dict`.
+
+    Args:
+        data: A mapping with labels, regions, regions_order and ignore_label.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        KeyError: `labels` is missing.
+        ConfigError: The scheme contradicts itself.
+    """
+    ignored = data.get("ignore_label")
+    return LabelScheme(
+        labels={str(name): int(value) for name, value in data["labels"].items()},
+        regions={
+            str(name): tuple(int(value) for value in group)
+            for name, group in data.get("regions", {}).items()
+        },
+        regions_order=tuple(int(value) for value in data.get("regions_order", ())),
+        ignore_label=None if ignored is None else int(ignored),
+    )
+
+
+def _case_to_dict(case: Case, root: Path) -> JsonDict:
+    return {
+        "id": case.id,
+        "images": [_portable(path, root) for path in case.images],
+        "label": None if case.label is None else _portable(case.label, root),
+    }
+
+
+def _case_from_dict(data: JsonDict, root: Path) -> Case:
+    label = data.get("label")
+    return Case(
+        id=str(data["id"]),
+        images=tuple(root / path for path in data["images"]),
+        label=None if label is None else root / label,
+    )
+
+
+def _portable(path: Path, root: Path) -> str:
+    """Give the path relative to the root where it lies under it, else absolute."""
+    for base, file in ((root, path), (root.resolve(), path.absolute())):
+        if file.is_relative_to(base):
+            return file.relative_to(base).as_posix()
+    return str(path.absolute())

@@ -184,7 +184,12 @@ def _claimed_bytes(kind: Format, fields: dict[str, str]) -> tuple[int, bool]:
 
 def _nrrd_width(name: str) -> int:
     """Give the bytes of a number type in any of NRRD's spellings."""
-    name = name.lower().removesuffix("_t").removesuffix(" int").replace(" long", "long")
+    name = (
+        name.lower()
+        .removesuffix("_t")
+        .removesuffix(" int")
+        .replace("long long", "longlong")
+    )
     words = [word for word in name.split() if word not in ("signed", "unsigned")]
     return _NRRD_BYTES["".join(words) or "int"]
 
