@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from segmamba.config import NetworkConfig
+from segmamba.atomic import read_json, write_json
+from segmamba.config import NetworkConfig, from_dict, to_dict
+from segmamba.data.dataset import Dataset
+from segmamba.data.fingerprint import ChannelFingerprint, Fingerprint
+from segmamba.data.geometry import world_axes
+from segmamba.data.memory import (
+    device_memory_mib,
+    prediction_memory_mib,
+    training_memory_mib,
+)
+from segmamba.data.planning import (
+    MAX_VOXELS,
+    adapt_network,
+    choose_batch,
+    choose_orientation,
+    choose_patch,
+    choose_spacing,
+    choose_strides,
+    median_shape,
+    to_tensor_axes,
+)
+from segmamba.errors import ConfigError, describe
 from segmamba.types import Size3, Spacing3
+
+ZERO_BACKGROUND_SHARE = 0.25
+"""Share of voxels that are exactly 0 from which an image counts as masked."""
+
+_PREPROCESSING = (
+    "orientation",
+    "spacing_mm",
+    "normalization",
+    "resampling",
+    "crop_to_nonzero",
+)
 
 
 @dataclass(frozen=True)
@@ -49,3 +88,274 @@ class Plan:
     """Estimated peak memory of a training step."""
     memory_prediction_mib: float | None = None
     """Estimated peak memory of a window's forward pass."""
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    dataset: Dataset,
+    *,
+    network: NetworkConfig,
+    device: str = "cpu",
+    memory_mib: float | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Plan:
+    """Decide everything between a scan and the network.
+
+    Args:
+        fingerprint: What the data set looks like.
+        dataset: Its channels and labels.
+        network: A preset's configuration; channels, strides and the number of stages
+            are fitted to the data.
+        device: "cpu" (patches up to 64^3 voxels, batches of two) or "cuda" (patches
+            up to 128^3, batches that fill the memory).
+        memory_mib: MiB that a training step may take; None takes the GPU's, or 8 GiB.
+        overrides: Fields of `Plan` that are decided already, such as
+            {"patch_size": [64, 64, 64], "network": {"d_state": 8}}. What depends on
+            them follows.
+
+    Returns:
+        The plan, checked.
+
+    Raises:
+        ConfigError: An override is unknown (the nearest key is named) or unusable, or
+            fingerprint and data set differ in their channels.
+    """
+    overrides = overrides or {}
+    _check_channels(fingerprint, dataset)
+    wanted = {**to_dict(network), **_network_overrides(overrides)}
+    network = from_dict(NetworkConfig, wanted, source="the overrides of the plan")
+    memory = memory_mib or device_memory_mib(device)
+    draft = _draft(fingerprint, dataset, network, device, memory, {})
+    chosen = _override(draft, overrides)  # also checks keys and types
+    given = {key: getattr(chosen, key) for key in overrides if key != "network"}
+    if "strides" in _network_overrides(overrides):
+        given["strides"] = network.strides
+    plan = _draft(fingerprint, dataset, network, device, memory, given)
+    plan = _estimate(_override(plan, overrides), device)
+    validate_plan(plan, source="the plan with its overrides")
+    return plan
+
+
+def save_plan(path: Path | str, plan: Plan) -> None:
+    """Write a plan atomically as JSON that people can read and edit."""
+    write_json(path, to_dict(plan))
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read a plan, perhaps edited by hand.
+
+    Raises:
+        FormatError: The file is missing or not JSON.
+        ConfigError: A key is unknown or missing, or a value can't be used; the text
+            says which and what would do.
+    """
+    plan = from_dict(Plan, read_json(path), source=str(path))
+    validate_plan(plan, source=path)
+    return plan
+
+
+def plan_hash(plan: Plan) -> str:
+    """Fingerprint of what changes preprocessed cases: orientation, spacing,
+    normalisation, resampling and crop.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    values = to_dict(plan)
+    kept = {key: values[key] for key in _PREPROCESSING}
+    text = json.dumps(kept, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def validate_plan(plan: Plan, *, source: Path | str = "the plan") -> None:
+    """Check what the types of the fields don't.
+
+    Args:
+        plan: The plan.
+        source: What the error names, such as a file.
+
+    Raises:
+        ConfigError: A value can't be used.
+    """
+    try:
+        world_axes(plan.orientation)
+    except ConfigError as error:
+        raise ConfigError(f"{error} In {source}.") from error
+    for problem, expected, found in _problems(plan):
+        raise ConfigError(
+            describe(problem, expected=expected, found=found, file=source)
+        )
+
+
+def _problems(plan: Plan) -> Iterator[tuple[str, str, object]]:
+    network = plan.network
+    if min(plan.spacing_mm) <= 0 or not all(map(math.isfinite, plan.spacing_mm)):
+        yield "bad spacing_mm", "three numbers of mm above 0", plan.spacing_mm
+    if plan.batch_size < 1:
+        yield "bad batch_size", "1 or more", plan.batch_size
+    if len(plan.normalization) != network.in_channels:
+        yield (
+            "wrong number of normalizations",
+            f"{network.in_channels}, one for each channel (network.in_channels)",
+            len(plan.normalization),
+        )
+    yield from _normalization_problems(plan.normalization)
+    stages = len(network.dims)
+    for name in ("depths", "strides"):
+        if len(getattr(network, name)) != stages:
+            yield (
+                f"bad network.{name}",
+                f"{stages} entries, one for each of network.dims",
+                getattr(network, name),
+            )
+    if any(step < 1 for stride in network.strides for step in stride):
+        yield "bad network.strides", "1 or more", network.strides
+        return
+    totals = [
+        math.prod(stride[axis] for stride in network.strides) for axis in range(3)
+    ]
+    if any(n < total for n, total in zip(plan.patch_size, totals, strict=True)):
+        yield (
+            "patch_size is too small",
+            f"at least {tuple(totals)}, which the strides of the network divide",
+            plan.patch_size,
+        )
+    elif math.prod(plan.patch_size) <= math.prod(totals):
+        yield (
+            "patch_size is too small",
+            f"more than {tuple(totals)}, of which the network would leave one voxel",
+            plan.patch_size,
+        )
+
+
+def _normalization_problems(
+    rules: Sequence[ChannelNormalization],
+) -> Iterator[tuple[str, str, object]]:
+    for index, rule in enumerate(rules):
+        name = f"bad normalization of channel {index}"
+        if rule.scheme != "ct":
+            continue
+        if rule.clip is None or rule.mean is None or rule.std is None:
+            yield name, "clip, mean and std beside scheme ct", rule
+        elif rule.clip[0] >= rule.clip[1]:
+            yield name, "clip with its lower bound first", rule.clip
+        elif rule.std <= 0:
+            yield name, "std above 0", rule.std
+
+
+def _draft(
+    fingerprint: Fingerprint,
+    dataset: Dataset,
+    network: NetworkConfig,
+    device: str,
+    memory_mib: float,
+    given: dict[str, Any],
+) -> Plan:
+    """Decide all that `given` doesn't."""
+    cases = fingerprint.cases
+    spacing = choose_spacing(cases)
+    orientation = given.get("orientation") or choose_orientation(spacing)
+    spacing = given.get("spacing_mm") or to_tensor_axes(spacing, orientation)
+    median = median_shape(cases, orientation, spacing)
+    channels, outputs = len(dataset.channels), dataset.labels.num_outputs
+
+    def strides_for(size: Sequence[float]) -> tuple[Size3, ...]:
+        stages = len(network.dims)
+        return given.get("strides") or choose_strides(size, spacing, stages)
+
+    def fitted(patch: Size3) -> NetworkConfig:
+        return adapt_network(network, strides_for(patch), channels, outputs)
+
+    def memory_for(patch: Size3, batch: int) -> float:
+        return training_memory_mib(fitted(patch), patch, batch, _precision(device))
+
+    def fits(patch: Size3) -> bool:
+        if math.prod(patch) > MAX_VOXELS[_kind(device)]:
+            return False
+        return memory_for(patch, 2) <= memory_mib
+
+    patch = given.get("patch_size") or choose_patch(median, spacing, strides_for, fits)
+    voxels = float(math.prod(median)) * len(cases)
+    batch = 2
+    if _kind(device) == "cuda":
+        batch = choose_batch(patch, voxels, partial(memory_for, patch), memory_mib)
+    return Plan(
+        orientation=orientation,
+        spacing_mm=spacing,
+        patch_size=patch,
+        batch_size=batch,
+        normalization=tuple(map(choose_normalization, fingerprint.channels)),
+        network=fitted(patch),
+    )
+
+
+def choose_normalization(channel: ChannelFingerprint) -> ChannelNormalization:
+    """Choose how a channel is brought to a common scale.
+
+    Args:
+        channel: The channel's intensities.
+
+    Returns:
+        ct for CT; zscore-nonzero where a quarter or more of the median image is
+        exactly 0 (skull-stripped MR); none where the channel's name asks for it;
+        zscore otherwise.
+    """
+    if channel.modality == "none":
+        return ChannelNormalization("none")
+    if channel.modality == "ct":
+        low, high = channel.percentile_00_5, channel.percentile_99_5
+        return ChannelNormalization(
+            "ct", (low, max(high, low + 1)), channel.mean, max(channel.std, 1e-3)
+        )
+    masked = channel.zero_share >= ZERO_BACKGROUND_SHARE
+    return ChannelNormalization("zscore-nonzero" if masked else "zscore")
+
+
+def _override(plan: Plan, overrides: dict[str, Any]) -> Plan:
+    merged = {**to_dict(plan), **overrides}
+    merged["network"] = {**to_dict(plan.network), **_network_overrides(overrides)}
+    return from_dict(Plan, merged, source="the overrides of the plan")
+
+
+def _network_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
+    network = overrides.get("network", {})
+    return network if isinstance(network, dict) else to_dict(network)
+
+
+def _estimate(plan: Plan, device: str) -> Plan:
+    precision = _precision(device)
+    return dataclasses.replace(
+        plan,
+        memory_training_mib=round(
+            training_memory_mib(
+                plan.network, plan.patch_size, plan.batch_size, precision
+            )
+        ),
+        memory_prediction_mib=round(
+            prediction_memory_mib(plan.network, plan.patch_size, precision)
+        ),
+    )
+
+
+def _check_channels(fingerprint: Fingerprint, dataset: Dataset) -> None:
+    names = tuple(channel.name for channel in fingerprint.channels)
+    if names != dataset.channels:
+        raise ConfigError(
+            describe(
+                "fingerprint and data set differ in their channels",
+                expected=dataset.channels,
+                found=names,
+                remedy="Make the fingerprint again.",
+            )
+        )
+
+
+def _kind(device: str) -> str:
+    return "cuda" if device.startswith("cuda") else "cpu"
+
+
+def _precision(device: str) -> Literal["fp32", "bf16"]:
+    return "bf16" if _kind(device) == "cuda" else "fp32"

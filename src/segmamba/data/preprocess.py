@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, cast, overload
 
 import numpy as np
@@ -61,7 +62,11 @@ def preprocess_image(volume: Volume, plan: Plan) -> tuple[Array, Geometry]:
 
 
 def preprocess_label(
-    label_map: Array, geometry: Geometry, scheme: LabelScheme
+    label_map: Array,
+    geometry: Geometry,
+    scheme: LabelScheme,
+    *,
+    file: Path | None = None,
 ) -> Array:
     """Bring a label map onto the grid of its preprocessed image.
 
@@ -69,6 +74,7 @@ def preprocess_label(
         label_map: The file's integers (I, J, K); whole numbers stored as floats too.
         geometry: What `preprocess_image` gave for the image.
         scheme: What the integers mean.
+        file: Where the label map came from, for error texts.
 
     Returns:
         int16 (D, H, W): the data set's own integers, the ignore label kept.
@@ -83,9 +89,10 @@ def preprocess_label(
                 "image and label map differ in shape",
                 expected=geometry.original_shape,
                 found=label_map.shape,
+                file=file,
             )
         )
-    _check_values(label_map, scheme)
+    _check_values(label_map, scheme, file)
     oriented = geometry.orient(label_map)[geometry.crop_slices]
     integers = np.ascontiguousarray(oriented).astype(np.int16, copy=False)
     return resample_label_map(integers, geometry.shape)
@@ -138,15 +145,13 @@ def restore_label_map(
     Raises:
         GeometryError: The logits haven't the geometry's shape or the scheme's channels.
     """
-    if isinstance(logits, np.ndarray):
-        logits = torch.from_numpy(logits if logits.flags.writeable else logits.copy())
-    logits = logits.detach()
-    _check_logits(logits, geometry, scheme)
+    tensor = _as_tensor(logits)
+    _check_logits(tensor, geometry, scheme)
     dtype = scheme.decode(np.zeros((scheme.num_outputs, 1), np.float32)).dtype
     label_map = np.zeros(geometry.original_shape, dtype)
     target = geometry.orient(label_map)[geometry.crop_slices]
     probabilities = _outside_probabilities(geometry, scheme, return_probabilities)
-    for part, piece in resample_slabs(logits, geometry.cropped_shape):
+    for part, piece in resample_slabs(tensor, geometry.cropped_shape):
         target[part] = _decode(piece, scheme)
         if probabilities is not None:
             inner = geometry.orient(probabilities)[(slice(None), *geometry.crop_slices)]
@@ -208,6 +213,12 @@ def _crop_box(oriented: Array, crop: bool) -> Box:
     return cast(Box, tuple((0, int(n)) for n in oriented.shape[1:]))
 
 
+def _as_tensor(logits: Array | torch.Tensor) -> torch.Tensor:
+    if isinstance(logits, torch.Tensor):
+        return logits.detach()
+    return torch.from_numpy(logits if logits.flags.writeable else logits.copy())
+
+
 def _decode(piece: torch.Tensor, scheme: LabelScheme) -> Array:
     if scheme.is_region_based:
         return scheme.decode(piece.cpu().numpy())
@@ -253,7 +264,7 @@ def _finite(channel: Array, volume: Volume) -> Array:
     return channel
 
 
-def _check_values(label_map: Array, scheme: LabelScheme) -> None:
+def _check_values(label_map: Array, scheme: LabelScheme, file: Path | None) -> None:
     found = np.unique(label_map)
     unknown = [value.item() for value in found if value not in scheme.known_values]
     if unknown:
@@ -262,6 +273,7 @@ def _check_values(label_map: Array, scheme: LabelScheme) -> None:
                 "the label map holds unexpected values",
                 expected=f"only {list(scheme.known_values)}",
                 found=unknown[:10],
+                file=file,
             )
         )
 

@@ -50,20 +50,10 @@ def resample_image(
     """
     if image.shape[1:] == tuple(shape):
         return image
-    if method == "cubic":
-        factors = [new / old for new, old in zip(shape, image.shape[1:], strict=True)]
-        zoomed = [
-            ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
-            for channel in image
-        ]
-        return np.stack(zoomed).astype(np.float32, copy=False)
+    resample = _resample_cubic if method == "cubic" else _resample_linear
     result = np.empty((len(image), *shape), np.float32)
     for channel, target in zip(image, result, strict=True):
-        tensor = torch.from_numpy(np.ascontiguousarray(channel, np.float32))
-        resized = functional.interpolate(
-            tensor[None, None], size=tuple(shape), mode="trilinear", align_corners=False
-        )
-        target[...] = resized[0, 0].numpy()
+        target[...] = resample(channel, shape)
     return result
 
 
@@ -126,6 +116,19 @@ def resample_slabs(
                 piece, size=(height, width), mode="bilinear", align_corners=False
             )
         yield part, piece
+
+
+def _resample_linear(channel: Array, shape: Size3) -> Array:
+    tensor = torch.from_numpy(np.ascontiguousarray(channel, np.float32))[None, None]
+    resized = functional.interpolate(
+        tensor, size=tuple(shape), mode="trilinear", align_corners=False
+    )
+    return resized[0, 0].numpy()
+
+
+def _resample_cubic(channel: Array, shape: Size3) -> Array:
+    factors = [new / old for new, old in zip(shape, channel.shape, strict=True)]
+    return ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
 
 
 def _taps(n_in: int, n_out: int) -> tuple[Array, Array, Array]:
