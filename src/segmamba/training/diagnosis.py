@@ -1,0 +1,81 @@
+"""Finding out where a not-a-number came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segmamba.errors import describe
+
+
+def explain_not_finite(
+    network: nn.Module,
+    batch: Any,
+    *,
+    step: int,
+    loss: float,
+    learning_rate: float,
+    precision: str,
+) -> str:
+    """Say what was not finite, where it came first, and what can be done.
+
+    Args:
+        network: With the gradients of the failed step.
+        batch: The failed batch: `image`, `label`, and `case_ids` if it has them.
+        step: The step that failed, counted from 0.
+        loss: Its loss.
+        learning_rate: Its learning rate.
+        precision: Its autocast type.
+
+    Returns:
+        One text in the house's order.
+    """
+    bad_image = _bad_channels(batch.image)
+    weight = _first_bad(network, gradients=False)
+    gradient = _first_bad(network, gradients=True)
+    cases = ", ".join(map(str, getattr(batch, "case_ids", ()) or ()))
+    found = [f"a loss of {loss:g} at step {step}"]
+    found += [f"cases {cases}"] if cases else []
+    found += [f"the image is {bad_image or 'finite'}"]
+    found += [f"the weight {weight} is not finite"] if weight else []
+    found += [f"the first bad gradient is that of {gradient}"] if gradient else []
+    found += [f"learning rate {learning_rate:.3g}", f"precision {precision}"]
+    return describe(
+        "training met a not-a-number",
+        expected="a finite loss and finite gradients",
+        found="; ".join(found),
+        remedy=_remedy(bool(bad_image), precision)
+        + " The last saved checkpoint is intact.",
+    )
+
+
+def is_finite(batch: Any) -> bool:
+    """Tell whether a batch's image holds finite numbers only."""
+    return not _bad_channels(batch.image)
+
+
+def _remedy(bad_image: bool, precision: str) -> str:
+    if bad_image:
+        return "Look at these cases: `segmamba check` finds such voxels."
+    if precision == "fp16":
+        return "Train with precision bf16 or fp32, or a lower learning rate."
+    return "Lower the learning rate, lengthen the warm-up or clip gradients more."
+
+
+def _bad_channels(image: Tensor) -> str:
+    bad = ~torch.isfinite(image)
+    if not bool(bad.any()):
+        return ""
+    places = bad.flatten(2).any(2).nonzero().tolist()
+    named = ", ".join(f"sample {b} channel {c}" for b, c in places[:4])
+    return f"not finite in {named} ({int(bad.sum())} voxels)"
+
+
+def _first_bad(network: nn.Module, *, gradients: bool) -> str | None:
+    for name, parameter in network.named_parameters():
+        tensor = parameter.grad if gradients else parameter
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None

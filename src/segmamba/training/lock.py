@@ -1,0 +1,110 @@
+"""One writer in a folder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from segmamba.errors import ConfigError, describe
+
+LOCK_NAME = "training.lock"
+"""Name of the lock file in a run's folder."""
+
+_FAR = 1 << 30  # Windows locks a byte range: one far behind the text leaves it readable
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    The operating system frees the lock when the process ends, however it ends, so a
+    killed run never blocks the next one. A file system without locks is not guarded.
+
+    Args:
+        folder: Made if it is missing.
+
+    Raises:
+        ConfigError: Another process writes to the folder; the text says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    descriptor = _take(path)
+    try:
+        yield
+    finally:
+        if os.name == "nt":
+            os.close(descriptor)  # Windows can't remove an open file
+            path.unlink(missing_ok=True)
+        else:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor)
+            if _is_still(path, descriptor):
+                _sign(descriptor)
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConfigError(_held(path)) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner removed it in between: try the new file
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(descriptor, _FAR, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS_HERE:
+            return
+        if error.errno in (errno.EACCES, errno.EDEADLK):  # Windows' word for taken
+            raise BlockingIOError(str(error)) from error
+        raise
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, text.encode())
+
+
+def _held(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        found = f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        found = "another process"
+    return describe(
+        "another training writes to this folder",
+        found=found,
+        file=path.parent,
+        remedy="Wait for it, stop it, or choose another folder.",
+    )

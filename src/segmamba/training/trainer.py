@@ -1,0 +1,454 @@
+"""Training, in the order in which it happens: set up, fit, step, validate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segmamba import checkpoint
+from segmamba.config import TrainConfig, to_dict
+from segmamba.data.augment import Batch
+from segmamba.errors import CheckpointError, TrainingError, describe
+from segmamba.training.batches import to_device
+from segmamba.training.diagnosis import explain_not_finite, is_finite
+from segmamba.training.ema import WeightAverage
+from segmamba.training.interrupt import Interrupt, Interrupted
+from segmamba.training.lock import folder_lock
+from segmamba.training.logger import RunLogger
+from segmamba.training.optimizer import build_optimizer, set_learning_rate
+from segmamba.training.precision import DTYPES, Precision, precision_for, usable_device
+from segmamba.training.prefetch import Prefetcher
+from segmamba.training.results import Progress, TrainResult
+from segmamba.training.run_folder import RunFolder
+from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
+from segmamba.training.snapshot import (
+    network_config,
+    restore_run_tensors,
+    run_identity,
+    run_tensors,
+)
+from segmamba.training.state import TrainState, check_config, check_resumable
+from segmamba.types import JsonDict
+
+SKIPS_ALLOWED = 20
+"""Steps in a row that fp16 may skip: 2^20 covers the whole range of its scale."""
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains one network into one folder; the loss and all else are values.
+
+    Args:
+        network: Gives logits, or a list of them (deep supervision); moved to `device`.
+        make_batch: From a step (from 0) to its batch: a pure function, called ahead of
+            time from threads. `segmamba.training.batches.batch_maker` makes one.
+        loss: From the network's outputs (float32) and the batch's labels to a scalar.
+        config: How to train.
+        folder: Gets `config.yaml`, `checkpoint.safetensors`, `model.safetensors`,
+            `log.jsonl` and `tensorboard/`.
+        plan_hash: What the data went through; a resumed run must have the same.
+        device: "cpu", "cuda", "auto" or a torch device.
+        validate: From the network (averaged weights, eval mode) to scores by name, the
+            higher the better. "score" decides; without it the mean of all does.
+        on_progress: Called after each step.
+        on_epoch: Called after each log line with the log's path, such as for a picture.
+        model_metadata: JSON values to store in `model.safetensors`.
+        tensorboard: Write TensorBoard's files if it is installed.
+
+    Raises:
+        ConfigError: A setting is out of its range.
+        BackendUnavailableError: The device is not there.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        make_batch: Callable[[int], Batch],
+        loss: Callable[[Any, Tensor], Tensor],
+        config: TrainConfig,
+        folder: Path | str,
+        *,
+        plan_hash: str = "",
+        device: torch.device | str = "cpu",
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_epoch: Callable[[Path], None] | None = None,
+        model_metadata: JsonDict | None = None,
+        tensorboard: bool = True,
+    ) -> None:
+        check_config(config)
+        self.device = usable_device(device)
+        self.precision: Precision = precision_for(self.device, config.precision)
+        self.network = network.to(self.device)
+        self.make_batch = make_batch
+        self.loss = loss
+        self.config = config
+        self.folder = RunFolder(Path(folder))
+        self.plan_hash = plan_hash
+        self.validate = validate
+        self.on_progress = on_progress
+        self.on_epoch = on_epoch
+        self.model_metadata = model_metadata or {}
+        self.tensorboard = tensorboard
+        self.state = TrainState()
+        self.optimizer = build_optimizer(self.network, config)
+        self.average = (
+            None
+            if config.ema_decay is None
+            else WeightAverage(self.network, config.ema_decay)
+        )
+        self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
+            self.device.type, enabled=self.precision == "fp16"
+        )
+        self._interrupt = Interrupt()
+        self._note: str | None = None
+
+    # ---------------------------------------------------------------- set up and fit
+
+    def fit(self, resume: bool = False) -> TrainResult:
+        """Train to the end, or go on to it.
+
+        Args:
+            resume: Go on with the folder's run. Where there is none, begin one.
+
+        Returns:
+            What the run ended with. A finished run that is resumed ends at once.
+
+        Raises:
+            ConfigError: The folder holds a run and `resume` is False; its settings
+                differ; or another process trains into it.
+            CheckpointError: A state can't be read or written.
+            TrainingError: Not-a-number, or an interruption (after saving).
+        """
+        with folder_lock(self.folder.path):
+            self._begin(resume)
+            if not self._is_settled():
+                self._run()
+        return self._result()
+
+    def _begin(self, resume: bool) -> None:
+        self.folder.remove_leftovers()
+        if resume:
+            self._load()
+        else:
+            self.folder.refuse_to_overwrite()
+        self._started = self._saved_at = time.monotonic()
+        self._saved_place = (self.state.step, self.state.epoch)
+        self._first = (self._progress(), self._elapsed_s())
+        self._patches = 0
+
+    def _run(self) -> None:
+        stop = total_steps(self.config)
+        with (
+            self._interrupt.watching(),
+            RunLogger(
+                self.folder.path,
+                first_epoch=self.state.epoch,
+                tensorboard=self.tensorboard,
+            ) as self._logger,
+            Prefetcher(
+                lambda step: to_device(self.make_batch(step), self.device),
+                self.state.step,
+                None if math.isinf(stop) else int(stop),
+                self.config.workers,
+            ) as batches,
+        ):
+            self.folder.write_config(self.config)
+            try:
+                self._loop(batches)
+            except Interrupted as signal:
+                self.save()
+                raise TrainingError(self._interrupted_text(signal)) from None
+        self.save()
+
+    def _loop(self, batches: Prefetcher[Batch]) -> None:
+        self.network.train()
+        while True:
+            if self._epoch_is_full():
+                self._finish_epoch()
+            if self._save_is_due():
+                self.save()
+            self._interrupt.check()
+            if self._is_over():
+                break
+            self._step(next(batches))
+        if self.state.step > self.state.epoch_step:  # the clock cut it short
+            self._finish_epoch()
+
+    # -------------------------------------------------------------------------- step
+
+    def _step(self, batch: Batch) -> None:
+        """Do one step of gradient descent."""
+        state, config = self.state, self.config
+        learning_rate = learning_rate_at(self._progress(), config)
+        set_learning_rate(self.optimizer, learning_rate)
+        torch.manual_seed(config.seed + state.step)  # for networks that draw numbers
+        loss = self._forward(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(
+            self.network.parameters(), config.clip_grad_norm or math.inf
+        )
+        # One transfer for both, so that a GPU waits once.
+        values = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if all(map(math.isfinite, values)):
+            self._update(*values)
+        else:
+            self._skip_or_stop(batch, values[0], learning_rate)
+        self.scaler.update()
+        state.step += 1
+        state.epoch_patches += len(batch.image)
+        self._patches += len(batch.image)
+        self._report(values[0], learning_rate)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with torch.autocast(
+            self.device.type,
+            dtype=DTYPES[self.precision],
+            enabled=self.precision != "fp32",
+        ):
+            outputs = self.network(batch.image)
+        if isinstance(outputs, Tensor):
+            return self.loss(outputs.float(), batch.label)
+        return self.loss([output.float() for output in outputs], batch.label)
+
+    def _update(self, loss: float, norm: float) -> None:
+        state = self.state
+        self.scaler.step(self.optimizer)
+        if self.average is not None:
+            self.average.update(self.network, state.updates)
+        state.updates += 1
+        state.skipped_in_a_row = 0
+        state.epoch_updates += 1
+        state.loss_sum += loss
+        state.norm_sum += norm
+
+    def _skip_or_stop(self, batch: Batch, loss: float, learning_rate: float) -> None:
+        """Skip the step if fp16 merely overflowed; else stop and say why."""
+        self.state.skipped_in_a_row += 1
+        if (
+            self.precision == "fp16"
+            and self.state.skipped_in_a_row <= SKIPS_ALLOWED
+            and is_finite(batch)
+        ):
+            return
+        raise TrainingError(
+            explain_not_finite(
+                self.network,
+                batch,
+                step=self.state.step,
+                loss=loss,
+                learning_rate=learning_rate,
+                precision=self.precision,
+            )
+        )
+
+    # ---------------------------------------------------------------- epoch, validate
+
+    def _finish_epoch(self) -> None:
+        """Validate if it is due, log, and begin the next epoch."""
+        state = self.state
+        seconds = self._elapsed_s() - state.epoch_started_s
+        scores = self._scores()
+        count = max(state.epoch_updates, 1)
+        state.last_loss = state.loss_sum / count
+        line = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "progress": self._progress(),
+            "loss": state.last_loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": state.norm_sum / count,
+            "skipped_steps": state.step - state.epoch_step - state.epoch_updates,
+            "seconds": seconds,
+            "elapsed_s": self._elapsed_s(),
+            "patches_per_s": state.epoch_patches / max(seconds, 1e-9),
+        }
+        if scores:
+            line["validation"] = scores
+        self._logger.write(line)
+        state.begin_epoch(self._elapsed_s())
+        if self.on_epoch is not None:
+            self.on_epoch(self._logger.path)
+
+    def _scores(self) -> dict[str, float]:
+        """Validate at the end of every so many whole epochs."""
+        due = (self.state.epoch + 1) % self.config.validate_every == 0
+        if self.validate is None or not due or not self._epoch_is_full():
+            return {}
+        with self._prediction_weights() as network, self._interrupt.acting_at_once():
+            scores = self.validate(network)
+        score = scores.get("score", sum(scores.values()) / max(len(scores), 1))
+        if self.state.note_score(float(score)) and self.config.patience is not None:
+            self._save_model()
+        return scores
+
+    # -------------------------------------------------------------------- save, load
+
+    def save(self) -> None:
+        """Write everything needed to go on, and the weights for prediction."""
+        place = (self.state.step, self.state.epoch)
+        if place != self._saved_place or not self.folder.checkpoint.exists():
+            if self.config.patience is None or self.state.best_score is None:
+                self._save_model()  # with patience the best one stays
+            checkpoint.save_checkpoint(
+                self.folder.checkpoint,
+                run_tensors(self.network, self.optimizer, self.average),
+                self._metadata(),
+                keep_previous=True,
+            )
+        self._saved_place = place
+        self._saved_at = time.monotonic()
+
+    def _metadata(self) -> JsonDict:
+        state = dataclasses.replace(self.state, elapsed_s=self._elapsed_s())
+        return {
+            "kind": "training state",
+            "state": to_dict(state),
+            "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
+            "seed": self.config.seed,
+            "versions": checkpoint.versions(),
+            **run_identity(self.network, self.config, self.plan_hash),
+        }
+
+    def _save_model(self) -> None:
+        metadata = {
+            **self.model_metadata,
+            "plan_hash": self.plan_hash,
+            "step": self.state.step,
+            "weights": "last" if self.average is None else "ema",
+            "best_score": self.state.best_score,
+        }
+        average = self.average
+        checkpoint.save_model(
+            self.folder.model,
+            self.network.state_dict() if average is None else average.tensors,
+            network=network_config(self.network),
+            metadata=metadata,
+        )
+
+    def _load(self) -> None:
+        """Go back to where the folder's run stood, if there is one."""
+        loaded = checkpoint.load_latest_checkpoint(self.folder.checkpoint)
+        if loaded is None:
+            return
+        if loaded.metadata.get("kind") != "training state":
+            raise CheckpointError(_no_state(loaded.path, "weights for prediction"))
+        identity = run_identity(self.network, self.config, self.plan_hash)
+        check_resumable(loaded.metadata, identity, loaded.path)
+        try:
+            restore_run_tensors(
+                loaded.tensors, self.network, self.optimizer, self.average
+            )
+            if self.scaler.is_enabled() and loaded.metadata["scaler"]:
+                self.scaler.load_state_dict(loaded.metadata["scaler"])
+            self.state = TrainState(**loaded.metadata["state"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(_no_state(loaded.path, str(error))) from error
+        if loaded.note is not None:
+            self._note = loaded.note
+            _log.warning(loaded.note)
+
+    # ------------------------------------------------------------- where the run is
+
+    def _elapsed_s(self) -> float:
+        return self.state.elapsed_s + time.monotonic() - self._started
+
+    def _progress(self) -> float:
+        return progress_at(self.state.step, self._elapsed_s(), self.config)
+
+    def _epoch_is_full(self) -> bool:
+        steps = self.state.step - self.state.epoch_step
+        return steps >= self.config.iterations_per_epoch
+
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.config.save_every_s
+
+    def _lost_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    def _is_over(self) -> bool:
+        return self._progress() >= 1 or self._lost_patience()
+
+    def _is_settled(self) -> bool:
+        """Tell whether a resumed run has nothing left to do."""
+        epoch_is_open = self.state.step > self.state.epoch_step
+        return self._is_over() and not epoch_is_open and self.folder.model.exists()
+
+    @contextlib.contextmanager
+    def _prediction_weights(self) -> Iterator[nn.Module]:
+        """Lend out the network as predictions use it."""
+        self.network.eval()
+        try:
+            if self.average is None:
+                yield self.network
+            else:
+                with self.average.applied(self.network):
+                    yield self.network
+        finally:
+            self.network.train()
+
+    def _report(self, loss: float, learning_rate: float) -> None:
+        if self.on_progress is None:
+            return
+        first_fraction, first_s = self._first
+        fraction = self._progress()
+        seconds = max(self._elapsed_s() - first_s, 1e-9)
+        pace = max(fraction - first_fraction, 1e-12) / seconds
+        self.on_progress(
+            Progress(
+                step=self.state.step,
+                epoch=self.state.epoch + 1,
+                fraction=fraction,
+                loss=loss,
+                learning_rate=learning_rate,
+                patches_per_s=self._patches / seconds,
+                remaining_s=(1 - fraction) / pace,
+            )
+        )
+
+    def _result(self) -> TrainResult:
+        patience = self._lost_patience() and self._progress() < 1
+        return TrainResult(
+            step=self.state.step,
+            epoch=self.state.epoch,
+            elapsed_s=self._elapsed_s(),
+            loss=self.state.last_loss,
+            best_score=self.state.best_score,
+            stopped="patience" if patience else "finished",
+            model_path=self.folder.model,
+            checkpoint_path=self.folder.checkpoint,
+            log_path=self.folder.log,
+            note=self._note,
+        )
+
+    def _interrupted_text(self, signal: Interrupted) -> str:
+        return describe(
+            f"training was interrupted ({signal})",
+            found=f"step {self.state.step}, which is saved",
+            file=self.folder.checkpoint,
+            remedy="Go on with --resume.",
+        )
+
+
+def _no_state(path: Path, found: str) -> str:
+    return describe(
+        "a checkpoint does not fit this training",
+        expected="the state of a run with this network and optimiser",
+        found=found,
+        file=path,
+        remedy="Train into another folder.",
+    )
