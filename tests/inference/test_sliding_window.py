@@ -161,9 +161,7 @@ def test_mirror_equivariant_network_is_unchanged():
         return F.avg_pool3d(batch, 3, 1, 1)
 
     x = image(9, 8, 7)
-    once = sliding_window_logits(
-        box, x, (9, 8, 7), mirror_axes=(), precision="fp32"
-    )
+    once = sliding_window_logits(box, x, (9, 8, 7), mirror_axes=(), precision="fp32")
     assert calls == [1]
     eight = sliding_window_logits(box, x, (9, 8, 7), precision="fp32")
     assert len(calls) == 9
@@ -248,7 +246,7 @@ def test_progress_counts_windows():
 def test_not_finite_names_case_and_cause():
     broken = image(8, 8, 8)
     broken[0, 1, 1, 1] = torch.nan
-    with pytest.raises(SegMambaError, match="case 7.*image holds NaN"):
+    with pytest.raises(SegMambaError, match=r"case 7.*image holds NaN"):
         sliding_window_logits(voxelwise, broken, (8, 8, 8), case="case 7")
     with pytest.raises(SegMambaError, match=r"weights make them.*Train"):
         sliding_window_logits(
