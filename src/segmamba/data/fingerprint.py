@@ -53,8 +53,10 @@ class CaseFingerprint:
 
 @dataclass(frozen=True)
 class ChannelFingerprint:
-    """One channel's intensities in the foreground of all cases (labels other than 0
-    and the ignore label; all non-zero voxels where there is no foreground).
+    """One channel's intensities in the foreground of all cases.
+
+    That is where the label is neither 0 nor ignored; in cases without such voxels,
+    where the image isn't 0.
     """
 
     name: str
@@ -228,7 +230,7 @@ def _examine(case: Case, dataset: Dataset) -> _Examined:
     return _Examined(
         fingerprint,
         _sample_foreground(volume.array, label, dataset.labels, case.id),
-        tuple(float((channel == 0).mean()) for channel in volume.array),
+        tuple(float(np.mean(channel == 0)) for channel in volume.array),
         tuple(float(channel.min()) for channel in volume.array),
     )
 
@@ -283,7 +285,7 @@ def _check_image(volume: Volume, case: Case, channels: int) -> None:
         )
     for index, channel in enumerate(volume.array):
         if not np.isfinite(channel).all():
-            file = case.images[index] if len(case.images) > 1 else case.images[0]
+            file = case.images[min(index, len(case.images) - 1)]
             raise FormatError(
                 describe(
                     "voxels are NaN or infinite", expected="finite numbers", file=file

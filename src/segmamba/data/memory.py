@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -104,7 +105,7 @@ def count_weights(network: NetworkConfig) -> int:
     """
     widths = _level_channels(network)
     total = 0
-    for above, below in zip(widths, widths[1:], strict=False):
+    for above, below in itertools.pairwise(widths):
         total += 8 * above * below + 27 * 3 * above * above
     dims = network.dims
     for index, channels in enumerate(dims):

@@ -32,6 +32,7 @@ from segmamba.data.planning import (
     choose_strides,
     median_shape,
     to_tensor_axes,
+    total_strides,
 )
 from segmamba.errors import ConfigError, describe
 from segmamba.types import Size3, Spacing3
@@ -155,8 +156,9 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def plan_hash(plan: Plan) -> str:
-    """Fingerprint of what changes preprocessed cases: orientation, spacing,
-    normalisation, resampling and crop.
+    """Sum up what changes preprocessed cases.
+
+    That is orientation, spacing, normalisation, resampling and crop.
 
     Args:
         plan: The plan.
@@ -214,19 +216,17 @@ def _problems(plan: Plan) -> Iterator[tuple[str, str, object]]:
     if any(step < 1 for stride in network.strides for step in stride):
         yield "bad network.strides", "1 or more", network.strides
         return
-    totals = [
-        math.prod(stride[axis] for stride in network.strides) for axis in range(3)
-    ]
+    totals = total_strides(network.strides)
     if any(n < total for n, total in zip(plan.patch_size, totals, strict=True)):
         yield (
             "patch_size is too small",
-            f"at least {tuple(totals)}, which the strides of the network divide",
+            f"at least {totals}, which the strides of the network divide",
             plan.patch_size,
         )
     elif math.prod(plan.patch_size) <= math.prod(totals):
         yield (
             "patch_size is too small",
-            f"more than {tuple(totals)}, of which the network would leave one voxel",
+            f"more than {totals}, of which the network would leave one voxel",
             plan.patch_size,
         )
 
@@ -266,29 +266,33 @@ def _draft(
         stages = len(network.dims)
         return given.get("strides") or choose_strides(size, spacing, stages)
 
-    def fitted(patch: Size3) -> NetworkConfig:
-        return adapt_network(network, strides_for(patch), channels, outputs)
+    def memory_for(patch: Size3, strides: tuple[Size3, ...], batch: int) -> float:
+        fitted = adapt_network(network, strides, channels, outputs)
+        return training_memory_mib(fitted, patch, batch, _precision(device))
 
-    def memory_for(patch: Size3, batch: int) -> float:
-        return training_memory_mib(fitted(patch), patch, batch, _precision(device))
-
-    def fits(patch: Size3) -> bool:
+    def fits(patch: Size3, strides: tuple[Size3, ...]) -> bool:
         if math.prod(patch) > MAX_VOXELS[_kind(device)]:
             return False
-        return memory_for(patch, 2) <= memory_mib
+        return memory_for(patch, strides, 2) <= memory_mib
 
-    patch = given.get("patch_size") or choose_patch(median, spacing, strides_for, fits)
+    if "patch_size" in given:
+        patch = given["patch_size"]
+        strides = strides_for(patch)
+    else:
+        patch, strides = choose_patch(median, spacing, strides_for, fits)
     voxels = float(math.prod(median)) * len(cases)
     batch = 2
     if _kind(device) == "cuda":
-        batch = choose_batch(patch, voxels, partial(memory_for, patch), memory_mib)
+        batch = choose_batch(
+            patch, voxels, partial(memory_for, patch, strides), memory_mib
+        )
     return Plan(
         orientation=orientation,
         spacing_mm=spacing,
         patch_size=patch,
         batch_size=batch,
         normalization=tuple(map(choose_normalization, fingerprint.channels)),
-        network=fitted(patch),
+        network=adapt_network(network, strides, channels, outputs),
     )
 
 

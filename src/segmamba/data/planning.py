@@ -17,7 +17,7 @@ from segmamba.types import Size3, Spacing3
 
 ANISOTROPIC_RATIO = 3.0
 """An axis this many times coarser than the others is treated apart (nnU-Net's 3)."""
-SMALLEST_SIDE = 3.5
+SMALLEST_SIDE = 3.75
 """Voxels that each axis keeps at the deepest level; fewer, and it isn't halved."""
 MAX_VOXELS = {"cpu": 64**3, "cuda": 128**3}
 """Largest patch by device: 128^3 is the published one, 64^3 what a CPU can train."""
@@ -118,7 +118,7 @@ def choose_strides(
 ) -> tuple[Size3, ...]:
     """Choose the down-sampling in front of each stage.
 
-    Each stage halves the axes that are long enough to keep 3.5 voxels, and of those
+    Each stage halves the axes that are long enough to keep 3.75 voxels, and of those
     only the ones whose spacing is under twice the finest: thick slices wait until the
     plane has become as coarse (nnU-Net's rule). Stages that could halve nothing fall
     away, but two are kept.
@@ -150,8 +150,8 @@ def choose_patch(
     median: Size3,
     spacing_mm: Spacing3,
     strides_for: Callable[[Sequence[float]], tuple[Size3, ...]],
-    fits: Callable[[Size3], bool],
-) -> Size3:
+    fits: Callable[[Size3, tuple[Size3, ...]], bool],
+) -> tuple[Size3, tuple[Size3, ...]]:
     """Choose the largest patch that is as wide in mm along all axes and fits.
 
     No axis gets longer than the median case, rounded up to what the strides need; an
@@ -161,22 +161,24 @@ def choose_patch(
         median: Voxels of the median case along (D, H, W).
         spacing_mm: Along (D, H, W).
         strides_for: The strides for a size.
-        fits: Whether a patch may be taken.
+        fits: Whether a patch with these strides may be taken.
 
     Returns:
-        Voxels along (D, H, W), multiples of the total strides.
+        Voxels along (D, H, W), multiples of the total strides, and the strides.
     """
     extent = max(n * mm for n, mm in zip(median, spacing_mm, strict=True))
-    best: Size3 | None = None
+    best: tuple[Size3, tuple[Size3, ...]] | None = None
     for step in range(1, 257):
         side_mm = extent * step / 256
         wanted = [
             min(n, side_mm / mm) for n, mm in zip(median, spacing_mm, strict=True)
         ]
-        patch = round_to_strides(wanted, median, strides_for(wanted))
-        is_larger = best is None or math.prod(patch) > math.prod(best)
-        if best is None or (is_larger and fits(patch)):
-            best = patch
+        strides = strides_for(wanted)
+        patch = round_to_strides(wanted, median, strides)
+        if best is None:
+            best = patch, strides  # the smallest one, whether it fits or not
+        elif math.prod(patch) > math.prod(best[0]) and fits(patch, strides):
+            best = patch, strides
     assert best is not None
     return best
 
@@ -195,12 +197,25 @@ def round_to_strides(
         Voxels along (D, H, W).
     """
     patch = []
-    for axis in range(3):
-        total = math.prod(stride[axis] for stride in strides)
+    for axis, total in enumerate(total_strides(strides)):
         ratio = wanted[axis] / total
         count = math.ceil(ratio) if wanted[axis] >= median[axis] else round(ratio)
         patch.append(max(1, count) * total)
     return cast(Size3, tuple(patch))
+
+
+def total_strides(strides: Sequence[Size3]) -> Size3:
+    """Multiply the strides of all stages.
+
+    Args:
+        strides: One stride a stage.
+
+    Returns:
+        Voxels of the patch for one at the deepest level, along (D, H, W).
+    """
+    return cast(
+        Size3, tuple(math.prod(stride[axis] for stride in strides) for axis in range(3))
+    )
 
 
 def choose_batch(
@@ -233,7 +248,7 @@ def adapt_network(
     in_channels: int,
     out_channels: int,
 ) -> NetworkConfig:
-    """Fit a preset to a data set: its channels, and as many stages as there are strides.
+    """Fit a preset to a data set: its channels, and one stage for each stride.
 
     Args:
         network: The preset's configuration.

@@ -128,7 +128,8 @@ def _resample_linear(channel: Array, shape: Size3) -> Array:
 
 def _resample_cubic(channel: Array, shape: Size3) -> Array:
     factors = [new / old for new, old in zip(shape, channel.shape, strict=True)]
-    return ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
+    zoomed = ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
+    return np.asarray(zoomed)
 
 
 def _taps(n_in: int, n_out: int) -> tuple[Array, Array, Array]:

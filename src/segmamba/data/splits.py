@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from segmamba.atomic import read_json, write_json
 from segmamba.errors import ConfigError, describe
@@ -133,7 +132,7 @@ def _bad_splits(expected: str, found: object, path: Path | str) -> ConfigError:
 
 def _sorted_ids(ids: Iterable[str]) -> list[str]:
     names = sorted(ids)
-    for one, other in zip(names, names[1:], strict=False):
+    for one, other in itertools.pairwise(names):
         if one == other:
             raise ConfigError(describe("a case is there twice", found=repr(one)))
     return names
@@ -142,9 +141,8 @@ def _sorted_ids(ids: Iterable[str]) -> list[str]:
 def _shuffled(names: list[str], seed: int) -> list[str]:
     """Order by a SplitMix64 key: plain integers, so the same everywhere for ever."""
     keys = [_splitmix64((seed & _MASK) + index) for index in range(len(names))]
-    return [
-        names[index] for index in np.argsort(np.array(keys, np.uint64), kind="stable")
-    ]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    return [names[index] for index in order]
 
 
 def _splitmix64(value: int) -> int:
