@@ -46,7 +46,7 @@ def dice(prediction: Array, reference: Array) -> float:
     total = np.count_nonzero(prediction) + np.count_nonzero(reference)
     if total == 0:
         return 1.0
-    return 2.0 * np.count_nonzero(prediction & reference) / total
+    return float(2.0 * np.count_nonzero(prediction & reference) / total)
 
 
 def volume_ml(mask: Array, spacing_mm: Spacing3) -> float:
@@ -93,7 +93,7 @@ def surface_distances(
     prediction, reference = _masks(prediction, reference)
     if not prediction.any() or not reference.any():
         return None
-    box = _box(prediction | reference)
+    box = bounding_box(prediction | reference)
     border_p, border_r = (_border(mask[box]) for mask in (prediction, reference))
     spacing = tuple(float(mm) for mm in spacing_mm)
     return SurfaceDistances(
@@ -201,7 +201,7 @@ def share_within(distances: SurfaceDistances, tolerance_mm: float) -> float:
     """Share (0 to 1) of the border voxels of both masks within `tolerance_mm`."""
     ways = (distances.to_reference, distances.to_prediction)
     near = sum(np.count_nonzero(way <= tolerance_mm) for way in ways)
-    return near / sum(way.size for way in ways)
+    return float(near / sum(way.size for way in ways))
 
 
 def _empty_distance(
@@ -229,7 +229,7 @@ def _masks(prediction: Array, reference: Array) -> tuple[Array, Array]:
     return np.asarray(prediction, bool), np.asarray(reference, bool)
 
 
-def _box(mask: Array) -> tuple[slice, ...]:
+def bounding_box(mask: Array) -> tuple[slice, ...]:
     """Bounding box of a mask that isn't empty; found axis by axis, which is fast."""
     slices = []
     for axis in range(mask.ndim):
