@@ -1,6 +1,7 @@
 """Files to volumes and back; the only room that knows file formats."""
 
 from segmamba.io.formats import SCAN_SUFFIXES, is_scan, strip_suffix
+from segmamba.io.geometry import describe_grid_difference, grid_distance_mm
 from segmamba.io.output import write_label_map, write_volume
 from segmamba.io.scan import (
     VolumeHeader,
@@ -16,6 +17,8 @@ __all__ = [
     "Volume",
     "VolumeHeader",
     "check_same_grid",
+    "describe_grid_difference",
+    "grid_distance_mm",
     "is_scan",
     "read_case",
     "read_header",

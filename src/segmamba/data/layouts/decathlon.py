@@ -68,8 +68,8 @@ def parse_channels(names: Any, path: Path) -> tuple[str, ...]:
     Raises:
         FormatError: It is neither, or empty.
     """
-    if isinstance(names, list) and names:
-        return tuple(str(name) for name in names)
+    if isinstance(names, list):
+        names = dict(enumerate(names))
     try:
         ordered = sorted(names.items(), key=lambda item: int(item[0]))
     except (AttributeError, ValueError):

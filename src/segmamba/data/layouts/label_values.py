@@ -27,7 +27,9 @@ def count_values(array: Array) -> dict[float, int]:
     if not flat.size:
         return {}
     if flat.dtype.kind in "iu" and flat.min() >= 0 and flat.max() < _LARGEST_COUNTED:
-        counts = np.bincount(flat)
+        foreground = flat[flat != 0]  # few: cheap to count
+        counts = np.bincount(foreground, minlength=1)
+        counts[0] = flat.size - foreground.size
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     values, counts = np.unique(flat, return_counts=True)
     return {float(value): int(n) for value, n in zip(values, counts, strict=True)}
