@@ -20,7 +20,7 @@ from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
 from segmamba.inference.find import InputCase, Which, find_cases
 from segmamba.inference.predictor import Predictor
 from segmamba.inference.sliding_window import Progress
-from segmamba.io import read_header
+from segmamba.io import is_scan, read_header, strip_suffix
 from segmamba.types import JsonDict
 
 __all__ = [
@@ -108,7 +108,8 @@ def predict_cases(
     Args:
         predictor: The model.
         inputs: What `find_cases` takes, or its result.
-        out_folder: Made if it is missing.
+        out_folder: Made if it is missing. A name that ends as a scan's does
+            (label.nii.gz) is the file to write for a single case; it gets no record.
         overwrite: Predict finished cases again.
         probabilities: Write probabilities too.
         which: Of a data set: all cases, or those with or without a label map.
@@ -119,11 +120,16 @@ def predict_cases(
 
     Raises:
         FormatError: No case is found, or the folder can't be written to.
-        ConfigError: Two cases have one name; or the folder holds another model's
-            predictions and `overwrite` is off.
+        ConfigError: Two cases have one name; the folder holds another model's
+            predictions, or the file is there, and `overwrite` is off; or one file is
+            named for several cases.
     """
     cases = _cases(predictor, inputs, which)
     folder = Path(out_folder)
+    if is_scan(folder) and not folder.is_dir():
+        return _predict_to_file(
+            predictor, cases, folder, overwrite, probabilities, progress
+        )
     record = _Record.open(folder, predictor, overwrite)
     results: list[CaseResult] = []
     for index, case in enumerate(cases):
@@ -132,7 +138,8 @@ def predict_cases(
         if done:
             result = CaseResult(case.id, "skipped", case.images, _output(folder, case))
         else:
-            result = _predict_case(predictor, case, folder, probabilities, steps)
+            maps = _probabilities(folder, case) if probabilities else None
+            result = _predict_case(predictor, case, _output(folder, case), maps, steps)
         results.append(result)
         record.add(result, predictor.device)
         if progress is not None:
@@ -164,11 +171,40 @@ def _cases(
     return cases
 
 
+def _predict_to_file(
+    predictor: Predictor,
+    cases: list[InputCase],
+    file: Path,
+    overwrite: bool,
+    probabilities: bool,
+    progress: Progress | None,
+) -> PredictionSummary:
+    if len(cases) != 1:
+        raise ConfigError(
+            describe(
+                "one file can't hold several cases",
+                expected="a folder to write to",
+                found=f"{len(cases)} cases",
+                file=file,
+            )
+        )
+    if file.exists() and not overwrite:
+        raise ConfigError(
+            describe("the file is there already", file=file, remedy="Use --overwrite.")
+        )
+    maps = file.with_name(f"{strip_suffix(file)}_probabilities{SUFFIX}")
+    steps = _Steps(progress, 0, 1)
+    result = _predict_case(
+        predictor, cases[0], file, maps if probabilities else None, steps
+    )
+    return PredictionSummary((result,))
+
+
 def _predict_case(
     predictor: Predictor,
     case: InputCase,
-    folder: Path,
-    probabilities: bool,
+    target: Path,
+    maps: Path | None,
     steps: _Steps,
 ) -> CaseResult:
     start = time.perf_counter()
@@ -178,17 +214,17 @@ def _predict_case(
             raise FormatError(case.problem)
         prediction = predictor.predict(
             case.images,
-            probabilities=probabilities,
+            probabilities=maps is not None,
             case=f"case {case.id}",
             progress=steps,
         )
-        if probabilities:  # first, since a label map says that the case is finished
-            prediction.save_probabilities(_probabilities(folder, case))
-        output, error = prediction.save(_output(folder, case)), None
+        if maps is not None:  # first: a label map says that the case is finished
+            prediction.save_probabilities(maps)
+        output, error = prediction.save(target), None
     except SegMambaError as problem:
         error = str(problem)
     except OSError as problem:
-        error = describe("can't write the prediction", found=problem, file=folder)
+        error = describe("can't write the prediction", found=problem, file=target)
     except Exception as problem:  # the other cases must not suffer from it
         _log.exception("case %s failed", case.id)
         error = f"{type(problem).__name__}: {problem}"

@@ -46,12 +46,14 @@ def find_cases(
 ) -> list[InputCase]:
     """List the cases that an input names.
 
-    A sequence of files is the channels of one scan. A folder is, in this order: a data
+    A sequence of files is the channels of one scan; for a model of one channel, each
+    is a scan. A folder is, in this order: a data
     set with a dataset.json; a folder of scans, grouped by nnU-Net's endings
     (case_0000.nii.gz, case_0001.nii.gz) or by endings that name the channels
     (case_t1ce.nii.gz, case-t1c.nii.gz), else each file is a case; a folder of case
-    folders named so, as in BraTS. A CSV file is a data set. Label maps beside the
-    images (case_seg.nii.gz) are left aside.
+    folders, each with the files of one scan, as in BraTS; any other data set that
+    `data.layouts.load_dataset` knows. A CSV file is a data set. Label maps beside the
+    images (case_seg.nii.gz) and contrasts that the model doesn't use are left aside.
 
     Args:
         source: A scan, the channels of one, a folder, or a data set.
@@ -87,6 +89,9 @@ def _from_files(
 ) -> list[InputCase]:
     if len(files) == 1:
         return find_cases(files[0], channels, which=which)
+    if len(channels) == 1:
+        cases = [_single(file, channels) for file in files]
+        return sorted(cases, key=lambda case: case.id)
     if len(files) != len(channels):
         raise ConfigError(
             describe(
@@ -136,13 +141,16 @@ def _from_folder(
     scans = _scans(folder)
     if scans:
         return _from_scans(scans, channels, folder)
-    found: dict[str, InputCase] = {}
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for case in _from_case_folder(child, channels):
-            # Two folders may hold files of the same names (scan_t1.nii.gz).
-            key = case.id if case.id not in found else f"{child.name}_{case.id}"
-            found[key] = InputCase(key, case.images, case.problem)
-    return list(found.values())
+    children = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [case for path in children for case in _from_case_folder(path, channels)]
+    if found and which == "all":
+        return found
+    try:  # deeper folders (HGG, LGG), a table, or only the cases with a label map
+        return _from_dataset(folder, channels, which)
+    except FormatError:
+        if which != "all":
+            raise
+        return []
 
 
 def _from_dataset(path: Path, channels: Sequence[str], which: Which) -> list[InputCase]:
@@ -183,7 +191,13 @@ def _from_case_folder(folder: Path, channels: Sequence[str]) -> list[InputCase]:
     scans = [path for path in _scans(folder) if not _is_label(path)]
     if len(scans) == 1:  # one channel, or one file that holds all
         return [InputCase(folder.name, (scans[0],))]
-    return _from_scans(scans, channels, folder)
+    cases = _from_scans(scans, channels, folder)
+    if len(cases) == 1:
+        return [InputCase(folder.name, cases[0].images, cases[0].problem)]
+    return [
+        InputCase(f"{folder.name}_{case.id}", case.images, case.problem)
+        for case in cases
+    ]
 
 
 def _ungrouped(path: Path, channels: Sequence[str]) -> InputCase:
@@ -262,11 +276,8 @@ def _is_label(path: Path) -> bool:
 
 def _scans(folder: Path) -> list[Path]:
     files = sorted(folder.iterdir())
-    return [
-        path
-        for path in files
-        if not path.name.startswith(".") and is_scan(path) and path.is_file()
-    ]
+    # A link to nowhere is a file that was never fetched: reading it will say so.
+    return [p for p in files if is_scan(p) and (p.is_file() or p.is_symlink())]
 
 
 def _nothing(path: Path, channels: Sequence[str]) -> str:

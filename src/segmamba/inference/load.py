@@ -67,7 +67,7 @@ def load_model(
     folder, folds = _resolve_run(Path(run), folds)
     plan = load_plan(folder / "plan.json")
     source = folder / "dataset.json"
-    dataset = dataset_from_dict(read_json(source))
+    dataset = dataset_from_dict(read_json(source), source=source)
     models = _load_folds(folder, folds)
     for path, model in models.items():
         _check(path, model, plan, dataset)
@@ -179,7 +179,7 @@ def _named(there: dict[str, Path], folds: list[str], run: Path) -> list[Path]:
 
 def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
     trained, now = model.metadata.get("plan_hash"), plan_hash(plan)
-    if trained is not None and trained != now:
+    if trained and trained != now:
         raise CheckpointError(
             describe(
                 "the plan was changed since this model was trained",
