@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,40 +179,38 @@ def _find_stray_files(dataset: Dataset) -> list[_Stray]:
         folder: [path for path in _scans(folder) if _key(path) not in listed]
         for folder in folders
     }
-    stems = Counter(
-        _stem(path) for files in found.values() for path in files if path.exists()
-    )
-    stray: list[_Stray] = []
+    stray: list[tuple[Path, str]] = []
+    stems: defaultdict[str, set[str]] = defaultdict(set)
     for folder, files in found.items():
-        key = _key(folder)
-        if key in label_folders and key not in image_folders:
-            kind, partner = "orphan-label", "image"
-        elif key in image_folders and key not in label_folders:
-            kind, partner = "orphan-image", "label"
-        else:
-            kind, partner = "orphan-file", ""
-        inside = key in image_folders | label_folders
-        kept = files if inside else files[:_MOST_STRAY_FILES]
-        stray += [_stray(dataset, path, kind, partner, inside, stems) for path in kept]
-    return stray
+        kind = _stray_kind(_key(folder), image_folders, label_folders)
+        kept = files[:_MOST_STRAY_FILES] if kind == "orphan-file" else files
+        stray += [(path, kind) for path in kept]
+        stems[kind].update(_stem(path) for path in kept)
+    return [_weigh_stray(dataset, path, kind, stems) for path, kind in stray]
 
 
-def _stray(
-    dataset: Dataset,
-    path: Path,
-    kind: str,
-    partner: str,
-    inside: bool,
-    stems: Counter[str],
+def _stray_kind(folder: str, images: set[str], labels: set[str]) -> str:
+    """Tell by its folder what a stray file should have been."""
+    if folder in images and folder in labels:
+        return "orphan-scan"
+    if folder in images:
+        return "orphan-image"
+    return "orphan-label" if folder in labels else "orphan-file"
+
+
+def _weigh_stray(
+    dataset: Dataset, path: Path, kind: str, stems: Mapping[str, set[str]]
 ) -> _Stray:
-    paired = bool(partner) and stems[_stem(path)] > 1
+    """Weigh a stray file: half a pair is an error, a pair that isn't listed a note."""
+    partner = {"orphan-image": "label", "orphan-label": "image"}.get(kind, "")
+    paired = _stem(path) in stems.get(f"orphan-{partner}", ())
     test_folder = path.parent.name.lower() == "imagests"
-    alone = inside and not paired and not test_folder and dataset.layout != "csv"
+    alone = kind != "orphan-file" and not paired and not test_folder
     message = "belongs to no case of the data set"
     if partner and alone:
         message += f", and there is no {partner} for it"
-    severity: Severity = "error" if alone else "note"
-    return _Stray(path, dataset.root, kind, message, severity)
+    is_error = alone and dataset.layout != "csv"
+    return _Stray(path, dataset.root, kind, message, "error" if is_error else "note")
 
 
 def _check_stray(stray: _Stray) -> list[Problem]:
