@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import zlib
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -203,8 +204,11 @@ def _describe_content(head: bytes) -> tuple[str, str]:
 
 
 def _is_text(head: bytes) -> bool:
-    control = sum(byte < 32 and byte not in b"\t\r\n\f" for byte in head)
-    return control == 0
+    try:  # incremental, because the head may end within a character
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return not any(byte < 32 and byte not in b"\t\r\n\f" for byte in head)
 
 
 def _raise_unreadable(path: Path, error: OSError) -> NoReturn:

@@ -270,14 +270,23 @@ def _inflate(path: Path, data: bytes, num_bytes: int) -> bytes:
     while missing > 0 and rest[:2] == GZIP_MAGIC:
         stream = isal_zlib.decompressobj(wbits=31)
         part = _decompress(path, stream, rest, missing)
-        if not stream.eof:  # go on to the trailer, so that the checksum is tested
-            _decompress(path, stream, stream.unconsumed_tail, 1)
+        _reach_checksum(path, stream, num_bytes)
         parts.append(part)
         missing -= len(part)
         rest = stream.unused_data if stream.eof else b""
     if missing > 0:
         raise too_short(path, num_bytes, num_bytes - missing)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _reach_checksum(path: Path, stream: Any, most: int) -> None:
+    """Go on to the end of a member, which tests its checksum; give up after `most`."""
+    beyond = 0
+    while not stream.eof and beyond <= most:
+        chunk = _decompress(path, stream, stream.unconsumed_tail, _COUNTING_CHUNK)
+        beyond += len(chunk)
+        if not chunk:
+            return
 
 
 def _decompress(path: Path, stream: Any, data: bytes, most: int) -> bytes:
