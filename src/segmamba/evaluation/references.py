@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from segmamba.data.dataset import Dataset
+from segmamba.data.dataset import Case, Dataset
 from segmamba.data.labels import LabelScheme
 from segmamba.data.layouts import load_dataset
 from segmamba.errors import FormatError, describe
@@ -35,6 +35,8 @@ class Pairing:
     """References that have no prediction."""
     predictions_alone: tuple[str, ...]
     """Predictions that have no reference."""
+    images: dict[str, Case]
+    """Case ids to images, if the references are a data set."""
 
 
 def pair_files(
@@ -59,14 +61,14 @@ def pair_files(
             reference lacks its prediction.
     """
     predicted = _label_maps(Path(predictions), "predictions")
-    known, labels = _references(references)
+    known, dataset = _known(references)
     if len(predicted) == len(known) == 1 and Path(predictions).is_file():
         known = dict(zip(predicted, known.values(), strict=True))
     both = sorted(set(predicted) & set(known))
     alone = tuple(sorted(set(known) - set(predicted)))
     if not both:
         raise FormatError(_nothing_matches(predictions, predicted, known))
-    is_dataset = labels is not None
+    is_dataset = dataset is not None
     if alone and not (is_dataset if allow_missing is None else allow_missing):
         raise FormatError(
             describe(
@@ -79,25 +81,24 @@ def pair_files(
         )
     return Pairing(
         pairs=tuple(Pair(name, predicted[name], known[name]) for name in both),
-        labels=labels,
+        labels=None if dataset is None else dataset.labels,
         references_alone=alone,
         predictions_alone=tuple(sorted(set(predicted) - set(known))),
+        images={case.id: case for case in dataset.cases} if dataset else {},
     )
 
 
-def _references(
+def _known(
     references: Path | str | Dataset,
-) -> tuple[dict[str, Path], LabelScheme | None]:
-    """Case ids to label maps, with the labels' meaning if it is known."""
+) -> tuple[dict[str, Path], Dataset | None]:
+    """Case ids to label maps, and the data set if it is more than a folder of them."""
     if not isinstance(references, Dataset):
         path = Path(references)
-        if path.is_file() and is_scan(path):
-            return {_case_id(path): path}, None
-        if _is_plain_folder(path):
+        if (path.is_file() and is_scan(path)) or _is_plain_folder(path):
             return _label_maps(path, "references"), None
         references = load_dataset(path)
-    files = {case.id: case.label for case in references.cases if case.label is not None}
-    return files, references.labels
+    labelled = [case for case in references.cases if case.label is not None]
+    return {case.id: Path(str(case.label)) for case in labelled}, references
 
 
 def _is_plain_folder(path: Path) -> bool:
