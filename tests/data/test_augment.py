@@ -508,3 +508,17 @@ def test_disabled_augmentation_ignores_every_probability() -> None:
     out = augment(batch, CUBE, config, 0)
     assert torch.equal(out.image, batch.image)
     assert torch.equal(out.label, batch.label)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    batch = random_batch((40, 38, 36))
+    config = forced(p_noise=0.0)  # noise fields are the device's own
+    for size in ((24, 24, 24), (7, 24, 30)):
+        here = augment(batch, size, config, 3)
+        there = augment(batch.to("cuda"), size, config, 3)
+        again = augment(batch.to("cuda"), size, config, 3)
+        assert there.image.device.type == "cuda"
+        assert torch.equal(there.image, again.image)
+        torch.testing.assert_close(there.image.cpu(), here.image, atol=1e-3, rtol=1e-3)
+        assert (there.label.cpu() == here.label).float().mean() > 0.999

@@ -359,3 +359,17 @@ def test_unknown_losses_and_wrong_shapes_are_named() -> None:
         build_loss("ce", CLASSES)(logits[:, :2], labels)
     with pytest.raises(GeometryError, match="logits"):
         build_loss("ce", CLASSES)(logits, labels[:, 1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_gpu_gives_what_the_cpu_gives(scheme: LabelScheme) -> None:
+    logits, labels = make(scheme)
+    for name in NAMES:
+        loss = build_loss(name, scheme)
+        here, there = logits.clone().requires_grad_(), logits.cuda().requires_grad_()
+        loss(here, labels).backward()
+        loss(there, labels.cuda()).backward()
+        assert here.grad is not None
+        assert there.grad is not None
+        torch.testing.assert_close(there.grad.cpu(), here.grad)

@@ -69,9 +69,12 @@ def sample_affine(image: Tensor, matrix: Array, center: Array, size: Size3) -> T
     if _leaves_first_axis_alone(matrix, first):
         return _sample_in_plane(image, matrix, first, size)
     grid = _grid(matrix, first, size, tuple(image.shape[-3:]), image.device)
-    # One slab of the output is one batch entry: the CPU kernel shares work by batch.
+    grid = grid.to(image.dtype)
+    if image.device.type != "cpu":
+        return F.grid_sample(image[None], grid[None], align_corners=False)[0]
+    # The CPU kernel shares work by batch entry: make each slab of the output one.
     slabs = image.expand(size[0], *image.shape)
-    out = F.grid_sample(slabs, grid[:, None].to(image.dtype), align_corners=False)
+    out = F.grid_sample(slabs, grid[:, None], align_corners=False)
     return out[:, :, 0].transpose(0, 1)
 
 
