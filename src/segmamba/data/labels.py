@@ -36,6 +36,23 @@ class LabelScheme:
                     found=self.labels,
                 )
             )
+        limits = np.iinfo(np.int16)
+        if any(not limits.min <= value <= limits.max for value in self.known_values):
+            raise ConfigError(
+                describe(
+                    "a label is too large",
+                    expected=f"integers from {limits.min} to {limits.max}",
+                    found=self.known_values,
+                )
+            )
+        if self.ignore_label is not None and self.ignore_label in self.labels.values():
+            raise ConfigError(
+                describe(
+                    "the ignore label is also a class",
+                    expected="an integer of its own",
+                    found=self.ignore_label,
+                )
+            )
         if len(self.regions) != len(self.regions_order):
             raise ConfigError(
                 describe(
@@ -108,7 +125,8 @@ class LabelScheme:
         Returns:
             Integers of the data set, of shape (...): uint8, or int16 if need be.
         """
-        dtype = np.uint8 if max(self.known_values) < 256 else np.int16
+        low, high = self.known_values[0], self.known_values[-1]
+        dtype = np.uint8 if low >= 0 and high < 256 else np.int16
         if not self.regions:
             values = np.asarray(self.class_values, dtype)
             return values[np.argmax(logits, axis=0)]

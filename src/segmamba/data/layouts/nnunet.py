@@ -122,13 +122,15 @@ def _scheme(
 
 def _label_groups(labels: Any, path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        return {
+        groups = {
             str(name): tuple(
                 int(item) for item in (value if isinstance(value, list) else [value])
             )
             for name, value in labels.items()
         }
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError):
+        groups = {}
+    if not groups or not all(groups.values()):
         raise FormatError(
             describe(
                 "labels are malformed",
@@ -136,7 +138,8 @@ def _label_groups(labels: Any, path: Path) -> dict[str, tuple[int, ...]]:
                 found=repr(labels)[:80],
                 file=path,
             )
-        ) from error
+        )
+    return groups
 
 
 def _file_ending(data: JsonDict, path: Path) -> str:
