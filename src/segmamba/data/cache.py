@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from segmamba.types import Array, JsonDict
 INDEX_NAME = "cache.json"
 CACHE_VERSION = 1
 MAX_LOCATIONS = 10_000
+LEFTOVER_AGE_S = 600.0
+"""Older half-written files are of a killed run; younger ones may be another's."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,9 @@ def _start(folder: Path, plan: Plan) -> None:
             open_cache(folder, plan)
         except SegMambaError:
             (folder / INDEX_NAME).unlink(missing_ok=True)
-        for leftover in folder.glob(".writing-*"):  # of a killed run
-            leftover.unlink(missing_ok=True)
+        for leftover in folder.glob(".writing-*"):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
+                leftover.unlink(missing_ok=True)
     except OSError as error:
         raise SegMambaError(
             describe("can't write the cache", found=str(error), file=folder)

@@ -49,8 +49,8 @@ def for_each_case(
         The results in the order of the cases.
 
     Raises:
-        SegMambaError: One case failed; the text names it, and cases that hadn't
-            started are dropped.
+        SegMambaError: A case failed; the text names the first one, and cases that
+            hadn't started are dropped.
     """
     workers = workers or min(8, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="segmamba-case")
@@ -66,12 +66,20 @@ def _watch(futures: dict[Future[Result], Item], progress: Progress | None) -> No
     waiting, done_count = set(futures), 0
     while waiting:
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        if any(future.exception() for future in done):
+            _raise_first(futures)
         for future in done:
-            case = futures[future]
-            _raise_named(future, case.id)
             done_count += 1
             if progress is not None:
-                progress(done_count, len(futures), case.id)
+                progress(done_count, len(futures), futures[future].id)
+
+
+def _raise_first(futures: dict[Future[Result], Item]) -> None:
+    # The first in order, whichever thread was faster: earlier ones have all started.
+    started = [future for future in futures if not future.cancel()]
+    wait(started)
+    for future in started:
+        _raise_named(future, futures[future].id)
 
 
 def _raise_named(future: Future[Result], case_id: str) -> None:
