@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import ConfigError, describe
+from segmamba.ops._primitives import conv_rows as conv_primitive
 from segmamba.ops._reference import conv_reference
 from segmamba.ops.backends import resolve_backend
 from segmamba.ops.scan import compute_dtype, shape_error
@@ -73,6 +74,9 @@ def conv_rows(
         (batch, L, E).
     """
     method = resolve_backend(backend, device=x.device, dtype=x.dtype)
+    if method == "numba":
+        offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return conv_primitive(x.contiguous(), weight.contiguous(), offset, silu)
     if method == "reference":
         y = conv_reference(x, weight, bias)
     else:

@@ -95,8 +95,21 @@ def scan(
     method = resolve_backend(backend, device=u.device, dtype=u.dtype, numba_limit=limit)
     if method == "reference":
         return scan_reference(u, dt, A, B, C)
-    rows = (u.contiguous(), dt.contiguous(), A.contiguous())
-    return scan_rows(*rows, B.contiguous(), C.contiguous(), method)
+    tensors = tuple(x.contiguous() for x in (u, dt, A, B, C))
+    y, last, _ = scan_rows(*tensors, method, needs_gradient(*tensors))
+    return y, last
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a backward may follow, so that a forward should keep what it needs.
+
+    Args:
+        tensors: What goes into an operator.
+
+    Returns:
+        True where autograd records any of them.
+    """
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -141,7 +154,7 @@ def _check_types(*tensors: Tensor) -> None:
         if not tensor.is_floating_point():
             raise ConfigError(
                 describe(
-                    f"selective_scan works on real floating-point tensors, {name} is not",
+                    f"selective_scan needs real floating-point tensors, {name} is not",
                     expected="float16, bfloat16, float32 or float64",
                     found=tensor.dtype,
                     remedy="Complex state matrices are not supported.",

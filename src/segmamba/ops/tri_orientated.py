@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import GeometryError, describe
+from segmamba.ops._layout import LANES, STATES, pad_axis, pad_rows, pad_split
+from segmamba.ops._primitives import tri_scan
 from segmamba.ops.backends import resolve_backend
 from segmamba.ops.convolution import conv_rows
 from segmamba.ops.orders import Order, check_orders, scan_order
-from segmamba.ops.scan import compute_dtype, scan, shape_error
+from segmamba.ops.scan import compute_dtype, needs_gradient, scan, shape_error
 
 
 def tri_orientated_scan(
@@ -72,14 +74,17 @@ def tri_orientated_scan(
     work = compute_dtype(xz, *A_log)
     for direction in zip(*parameters, strict=True):
         _check_direction(xz, direction)
-    resolve_backend(backend, device=xz.device, dtype=work)
+    method = resolve_backend(backend, device=xz.device, dtype=work)
     with torch.autocast(xz.device.type, enabled=False):
+        if method == "numba":
+            directions = list(zip(*parameters, strict=True))
+            return _scan_fused(xz.to(work), directions, orders).to(xz.dtype)
         x, z = xz.to(work).chunk(2, dim=-1)
         total = torch.zeros_like(x)
         for order, direction in zip(orders, zip(*parameters, strict=True), strict=True):
             tokens = scan_order(x.shape[1], order, x.device)
             cast = tuple(p.to(work) for p in direction)
-            y = _scan_direction(x[:, tokens], cast, backend)
+            y = _scan_direction(x[:, tokens], cast, method)
             total = total.index_add(1, tokens, y)
         return (total * F.silu(z)).to(xz.dtype)
 
@@ -93,6 +98,46 @@ def _scan_direction(x: Tensor, direction: tuple[Tensor, ...], backend: str) -> T
     dt = F.softplus(F.linear(code, dt_proj, dt_bias))
     y, _ = scan(u, dt, -torch.exp(A_log), B.unsqueeze(2), C.unsqueeze(2), backend)
     return y + u * D
+
+
+def _scan_fused(
+    xz: Tensor, directions: Sequence[tuple[Tensor, ...]], orders: Sequence[Order]
+) -> Tensor:
+    """All directions in one operator, on channels and states padded for its kernels."""
+    channels = xz.shape[2] // 2
+    if channels % LANES:
+        xz = pad_rows(xz, 2)
+    parameters = [p for direction in directions for p in _pad_direction(direction)]
+    out, _, _ = tri_scan(
+        xz.contiguous(),
+        parameters,
+        [stride for stride, _ in orders],
+        [int(reverse) for _, reverse in orders],
+        needs_gradient(xz, *parameters),
+    )
+    return out[..., :channels] if channels % LANES else out
+
+
+def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A direction's parameters as float32 in the layout of `_numba.operators`.
+
+    Channels that are added have u = 0, states that are added have B = C = 0.
+    """
+    cast = tuple(p.to(torch.float32) for p in direction)
+    conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = cast
+    states, rank = A_log.shape[1], dt_proj.shape[1]
+    if states % STATES:
+        x_proj = pad_split(x_proj, [rank, states, states], [1, STATES, STATES])
+    padded = (
+        pad_rows(conv_weight.squeeze(1).T, 1),
+        pad_rows(conv_bias, 1),
+        pad_rows(x_proj, 1),
+        pad_rows(dt_proj.T, 1),
+        pad_rows(dt_bias, 1),
+        pad_rows(pad_axis(A_log, -1, STATES).T, 1).T,
+        pad_rows(D, 1),
+    )
+    return tuple(p.contiguous() for p in padded)
 
 
 def _check_counts(

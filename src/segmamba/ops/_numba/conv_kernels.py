@@ -10,11 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segmamba.ops._numba.plan import TILE
+from segmamba.ops._layout import LANES, TILE
 from segmamba.ops._numba.scan_kernels import list_tokens
 from segmamba.ops._numba.tasks import kernel
-from segmamba.ops._numba.vectors import LANES, add, fma, load, mul, sigmoid, splat
-from segmamba.ops._numba.vectors import store, zeros
+from segmamba.ops._numba.vectors import (
+    add,
+    fma,
+    load,
+    mul,
+    sigmoid,
+    splat,
+    store,
+    zeros,
+)
+
+_MINUS_ONE = np.float32(-1.0)
 
 
 class ConvPlan(NamedTuple):
@@ -79,3 +89,123 @@ def conv_forward(task, plan, x, weight, bias, u):
                 if plan.silu:
                     value = mul(value, sigmoid(value))
                 store(u, (row + start + t) * width + column, value)
+
+
+@kernel
+def conv_backward(
+    task, plan, x, weight, bias, grad_u, grad_x, accumulate, grad_weight, grad_bias
+):
+    """Gradients for a task's own rows; rows after them are recomputed, not shared.
+
+    grad_x rows lie as x's do. grad_weight (tasks, W, E) and grad_bias (tasks, E) have a
+    part for each task, zero at the start.
+    """
+    case, begin, end = _task_tiles(plan, task)
+    width = plan.blocks * LANES
+    row = case * plan.length
+    ahead = plan.taps - 1
+    tokens = np.empty(TILE + 2 * plan.taps, np.int64)
+    inner = np.empty((TILE + ahead) * width, np.float32)
+    of_weight = grad_weight[task * plan.taps * width : (task + 1) * plan.taps * width]
+    of_bias = grad_bias[task * width : (task + 1) * width]
+    for tile in range(begin, end):
+        start = tile * TILE
+        own = min(TILE, plan.length - start)
+        count = min(TILE + ahead, plan.length - start)
+        missing = _past_tokens(plan, start, count, tokens)
+        for t in range(count):
+            for column in range(0, width, LANES):
+                value = load(grad_u, (row + start + t) * width + column)
+                if plan.silu:
+                    before = _convolve(
+                        plan, row, t, missing, column, x, tokens, weight, bias
+                    )
+                    value = mul(value, _silu_slope(before))
+                store(inner, t * width + column, value)
+        for t in range(own):
+            _return_row(
+                plan,
+                row,
+                t,
+                count,
+                missing,
+                x,
+                tokens,
+                weight,
+                inner,
+                grad_x,
+                accumulate,
+                of_weight,
+                of_bias,
+            )
+
+
+@kernel
+def _silu_slope(value):
+    """D silu(v) / dv = s + v s (1 - s), s the sigmoid."""
+    gate = sigmoid(value)
+    return fma(mul(value, gate), sigmoid(mul(value, splat(_MINUS_ONE))), gate)
+
+
+@kernel
+def _return_row(
+    plan,
+    row,
+    t,
+    count,
+    missing,
+    x,
+    tokens,
+    weight,
+    inner,
+    grad_x,
+    accumulate,
+    of_weight,
+    of_bias,
+):
+    """One row's gradient of x, and what the row adds to those of taps and bias."""
+    width = plan.blocks * LANES
+    last = plan.taps - 1
+    for column in range(0, width, LANES):
+        here = load(inner, t * width + column)
+        store(of_bias, column, add(here, load(of_bias, column)))
+        for k in range(max(0, missing - t), plan.taps):
+            place = k * width + column
+            value = load(x, (row + tokens[t + k]) * plan.x_width + column)
+            store(of_weight, place, fma(value, here, load(of_weight, place)))
+        at = (row + tokens[t + last]) * plan.x_width + column
+        gradient = load(grad_x, at) if accumulate else zeros()
+        for k in range(max(0, last + t + 1 - count), plan.taps):
+            later = load(inner, (t + last - k) * width + column)
+            gradient = fma(later, load(weight, k * width + column), gradient)
+        store(grad_x, at, gradient)
+
+
+@kernel
+def gate_forward(task, plan, y, xz, out):
+    """Out = y silu(z), z being the second half of xz's rows; out may be y."""
+    case, begin, end = _task_tiles(plan, task)
+    width = plan.blocks * LANES
+    first = case * plan.length + begin * TILE
+    last = case * plan.length + min(plan.length, end * TILE)
+    for row in range(first, last):
+        for column in range(0, width, LANES):
+            z = load(xz, row * 2 * width + width + column)
+            place = row * width + column
+            store(out, place, mul(load(y, place), mul(z, sigmoid(z))))
+
+
+@kernel
+def gate_backward(task, plan, grad, y, xz, grad_y, grad_xz):
+    """grad_y = grad silu(z), and the second half of grad_xz's rows."""
+    case, begin, end = _task_tiles(plan, task)
+    width = plan.blocks * LANES
+    first = case * plan.length + begin * TILE
+    last = case * plan.length + min(plan.length, end * TILE)
+    for row in range(first, last):
+        for column in range(0, width, LANES):
+            at = row * 2 * width + width + column
+            place = row * width + column
+            z, arrived = load(xz, at), load(grad, place)
+            store(grad_y, place, mul(arrived, mul(z, sigmoid(z))))
+            store(grad_xz, at, mul(mul(arrived, load(y, place)), _silu_slope(z)))

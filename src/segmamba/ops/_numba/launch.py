@@ -1,4 +1,8 @@
-"""From tensors to kernels: arrays, plans, tasks."""
+"""From tensors to kernels: arrays, plans, tasks.
+
+Tensors here are float32, contiguous, with channels in multiples of 16 and states in
+multiples of 4; `padding.py` sees to that.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +13,146 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segmamba.ops._numba import conv_kernels, scan_kernels
+from segmamba.ops._layout import LANES
+from segmamba.ops._numba import conv_kernels, scan_backward_kernels, scan_kernels
 from segmamba.ops._numba.conv_kernels import ConvPlan
-from segmamba.ops._numba.plan import (
-    ScanPlan,
-    cut_tasks,
-    state_shape,
-    tile_count,
-)
+from segmamba.ops._numba.plan import ScanPlan, cut_tasks, state_shape, tile_count
 from segmamba.ops._numba.tasks import run_tasks
-from segmamba.ops._numba.vectors import LANES
 
-_NOTHING = np.empty(0, np.float32)
-
-
-def flat(x: Tensor) -> np.ndarray:
-    """A contiguous float32 tensor's memory as one row of floats."""
-    return x.detach().numpy().reshape(-1)
+# So many tasks a case: enough for many cores, and the same sums whatever their number.
+_CONV_TASKS = 64
 
 
 class ScanInputs(NamedTuple):
-    u: np.ndarray
-    code: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-    rates: np.ndarray
-    matrix_b: np.ndarray
-    matrix_c: np.ndarray
-    skip: np.ndarray
+    """What the scan's kernels read; see `ScanPlan` for the layouts."""
+
+    u: Tensor
+    code: Tensor
+    weight: Tensor
+    """(rank, E)."""
+    bias: Tensor
+    rates: Tensor
+    """A / log(2), (blocks, N, 16)."""
+    matrix_b: Tensor
+    matrix_c: Tensor
+    skip: Tensor
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of a scan, summed over cases where the input has none."""
+
+    u: Tensor
+    steps: Tensor
+    """Of given step sizes, (batch, L, E); empty where they come from a code."""
+    A: Tensor
+    """(E, N)."""
+    weight: Tensor
+    bias: Tensor
+    skip: Tensor
+    matrices: Tensor
+    """Of code, B and C side by side, (batch, L, rank + 2 G N)."""
+
+
+def flat(x: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as one row of numbers.
+
+    Args:
+        x: Contiguous CPU tensor.
+
+    Returns:
+        One-dimensional array on the same memory.
+    """
+    return x.detach().numpy().reshape(-1)
 
 
 def block_rates(A: Tensor) -> Tensor:
-    """A / log(2) as (blocks, N, 16)."""
-    rates = (A / math.log(2)).unflatten(0, (-1, LANES))
-    return rates.transpose(1, 2).contiguous()
+    """Bring decay rates into the kernels' form.
+
+    Args:
+        A: (E, N).
+
+    Returns:
+        A / log(2) as (blocks, N, 16).
+    """
+    return (A / math.log(2)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+
+
+def scan_plan(
+    u: Tensor,
+    states: int,
+    *,
+    rank: int = 0,
+    order: tuple[int, bool] = (1, False),
+    matrices: int = 1,
+) -> ScanPlan:
+    """Plan a scan of rows u (batch, L, E).
+
+    Args:
+        u: The scan's input.
+        states: N.
+        rank: Columns of the step sizes' code; with it, code, B and C lie side by side
+            in rows of rank + 2N floats. 0: B and C are arrays (batch, L, G, N).
+        order: (stride, reverse) of the rows that y goes to.
+        matrices: G, groups of channels with a B and C of their own.
+
+    Returns:
+        The plan, with tasks for torch's present number of threads.
+    """
+    batch, length, channels = u.shape
+    blocks = channels // LANES
+    groups, segments = cut_tasks(batch, blocks, length)
+    width = rank + 2 * states if rank else matrices * states
+    return ScanPlan(
+        batch=batch,
+        length=length,
+        blocks=blocks,
+        states=states,
+        rank=rank,
+        stride=order[0],
+        reverse=int(order[1]),
+        blocks_per_matrix=blocks // matrices,
+        b_width=width,
+        b_first=rank,
+        c_width=width,
+        c_first=rank + states if rank else 0,
+        code_width=width,
+        tiles=tile_count(length),
+        groups=groups,
+        segments=segments,
+    )
 
 
 def run_scan(
-    plan: ScanPlan, inputs: ScanInputs, out: Tensor, accumulate: bool, keep: bool
+    plan: ScanPlan, inputs: ScanInputs, out: Tensor, *, accumulate: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scan; kept states (batch, tiles, blocks, N, 16) or empty, and the last ones."""
-    starts = _segment_starts(plan, inputs)
+    """Scan rows.
+
+    Args:
+        plan: The scan's plan.
+        inputs: Its inputs.
+        out: (batch, L, E) in token order, written or added to.
+        accumulate: Add to `out`.
+        keep: Keep the states that `run_scan_backward` needs.
+
+    Returns:
+        Kept states, (batch, tiles, blocks, N, 16) or empty, and the last states,
+        (batch, 1, blocks, N, 16).
+    """
     kept = torch.empty(state_shape(plan, plan.tiles) if keep else 0)
     last = torch.empty(state_shape(plan, 1))
     run_tasks(
         scan_kernels.scan_forward,
         plan.batch * plan.groups * plan.segments,
         plan,
-        *inputs,
-        flat(starts),
-        flat(kept),
-        flat(last),
-        flat(out),
+        *map(flat, inputs),
+        *map(flat, (_segment_starts(plan, inputs), kept, last, out)),
         int(accumulate),
     )
     return kept, last
 
 
 def _segment_starts(plan: ScanPlan, inputs: ScanInputs) -> Tensor:
+    """States before each segment, (batch, segments, blocks, N, 16)."""
     starts = torch.zeros(state_shape(plan, plan.segments))
     if plan.segments == 1:
         return starts
@@ -76,12 +162,194 @@ def _segment_starts(plan: ScanPlan, inputs: ScanInputs) -> Tensor:
         scan_kernels.scan_segment_ends,
         plan.batch * plan.groups * plan.segments,
         plan,
-        *inputs[:6],
-        flat(ends),
-        flat(sums),
+        *map(flat, inputs[:6]),
+        *map(flat, (ends, sums)),
     )
-    rates = torch.from_numpy(inputs.rates).view(plan.blocks, plan.states, LANES)
-    decays = torch.exp2(sums * rates)
+    decays = torch.exp2(sums * inputs.rates)
     for s in range(1, plan.segments):
         starts[:, s] = decays[:, s - 1] * starts[:, s - 1] + ends[:, s - 1]
     return starts
+
+
+def _segment_ends(
+    plan: ScanPlan, inputs: ScanInputs, grad_y: Tensor, grad_last: Tensor
+) -> Tensor:
+    """Adjoints that enter each segment from behind."""
+    if plan.segments == 1:
+        return grad_last
+    begins = torch.empty(state_shape(plan, plan.segments))
+    sums = torch.empty(plan.batch, plan.segments, plan.blocks, 1, LANES)
+    run_tasks(
+        scan_backward_kernels.adjoint_segment,
+        plan.batch * plan.groups * plan.segments,
+        plan,
+        *map(flat, (grad_y, *inputs[1:5], inputs.matrix_c, begins, sums)),
+    )
+    decays = torch.exp2(sums * inputs.rates)
+    ends = torch.empty_like(begins)
+    ends[:, -1] = grad_last[:, 0]
+    for s in range(plan.segments - 1, 0, -1):
+        ends[:, s - 1] = decays[:, s] * ends[:, s] + begins[:, s]
+    return ends
+
+
+def run_scan_backward(
+    plan: ScanPlan, inputs: ScanInputs, kept: Tensor, grad_y: Tensor, grad_last: Tensor
+) -> ScanGradients:
+    """Differentiate `run_scan`.
+
+    Args:
+        plan: The scan's plan.
+        inputs: Its inputs.
+        kept: States that `run_scan` kept.
+        grad_y: (batch, L, E) in token order.
+        grad_last: Of the last states, (batch, 1, blocks, N, 16).
+
+    Returns:
+        Gradients; those of B and C of groups side by side.
+    """
+    parts, channels = plan.batch * plan.segments, plan.blocks * LANES
+    matrices = plan.blocks // plan.blocks_per_matrix
+    width = plan.rank + 2 * matrices * plan.states
+    grad_u = torch.empty_like(inputs.u)
+    steps = torch.empty(0 if plan.rank else inputs.u.shape)
+    rates = torch.zeros(parts, *inputs.rates.shape)
+    weight = torch.zeros(parts, plan.rank, channels)
+    bias, skip = torch.zeros(parts, channels), torch.zeros(parts, channels)
+    make = torch.empty if matrices == 1 else torch.zeros
+    partial = make(plan.groups, plan.batch, plan.length, width)
+    ends = _segment_ends(plan, inputs, grad_y, grad_last)
+    outputs = (grad_u, steps, rates, weight, bias, skip, partial)
+    run_tasks(
+        scan_backward_kernels.scan_backward,
+        plan.batch * plan.groups * plan.segments,
+        plan,
+        *map(flat, (*inputs, kept, ends, grad_y, *outputs)),
+    )
+    return ScanGradients(
+        u=grad_u,
+        steps=steps,
+        A=rates.sum(0).transpose(1, 2).flatten(0, 1),
+        weight=weight.sum(0),
+        bias=bias.sum(0),
+        skip=skip.sum(0),
+        matrices=partial[0] if plan.groups == 1 else partial.sum(0),
+    )
+
+
+def conv_plan(
+    x: Tensor, channels: int, taps: int, order: tuple[int, bool], silu: bool
+) -> ConvPlan:
+    """Plan a convolution of the first `channels` columns of x (batch, L, width).
+
+    Args:
+        x: Rows in token order.
+        channels: E.
+        taps: W.
+        order: (stride, reverse) in which rows are walked.
+        silu: Put silu on the result.
+
+    Returns:
+        The plan.
+    """
+    tiles = tile_count(x.shape[1])
+    return ConvPlan(
+        batch=x.shape[0],
+        length=x.shape[1],
+        blocks=channels // LANES,
+        taps=taps,
+        stride=order[0],
+        reverse=int(order[1]),
+        x_width=x.shape[2],
+        silu=int(silu),
+        tiles=tiles,
+        tasks=min(_CONV_TASKS, tiles),
+    )
+
+
+def run_conv(
+    plan: ConvPlan, x: Tensor, weight: Tensor, bias: Tensor, u: Tensor
+) -> None:
+    """Convolve.
+
+    Args:
+        plan: The convolution's plan.
+        x: (batch, L, width), token order.
+        weight: (W, E).
+        bias: (E).
+        u: (batch, L, E), scan order; written.
+    """
+    count = plan.batch * plan.tasks
+    run_tasks(conv_kernels.conv_forward, count, plan, *map(flat, (x, weight, bias, u)))
+
+
+def run_conv_backward(
+    plan: ConvPlan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_u: Tensor,
+    grad_x: Tensor,
+    *,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Differentiate `run_conv`.
+
+    Args:
+        plan: The convolution's plan.
+        x: As in `run_conv`.
+        weight: As in `run_conv`.
+        bias: As in `run_conv`.
+        grad_u: (batch, L, E), scan order.
+        grad_x: As x; its first E columns are written or added to.
+        accumulate: Add to `grad_x`.
+
+    Returns:
+        Gradients of weight (W, E) and bias (E).
+    """
+    count = plan.batch * plan.tasks
+    grad_weight, grad_bias = (torch.zeros(count, *w.shape) for w in (weight, bias))
+    run_tasks(
+        conv_kernels.conv_backward,
+        count,
+        plan,
+        *map(flat, (x, weight, bias, grad_u, grad_x)),
+        int(accumulate),
+        *map(flat, (grad_weight, grad_bias)),
+    )
+    return grad_weight.sum(0), grad_bias.sum(0)
+
+
+def run_gate(plan: ConvPlan, y: Tensor, xz: Tensor, out: Tensor) -> None:
+    """Multiply by silu(z).
+
+    Args:
+        plan: Any plan of a convolution of xz.
+        y: (batch, L, E).
+        xz: (batch, L, 2E), z last.
+        out: (batch, L, E), written; may be y.
+    """
+    count = plan.batch * plan.tasks
+    run_tasks(conv_kernels.gate_forward, count, plan, *map(flat, (y, xz, out)))
+
+
+def run_gate_backward(
+    plan: ConvPlan, grad: Tensor, y: Tensor, xz: Tensor, grad_xz: Tensor
+) -> Tensor:
+    """Differentiate `run_gate`.
+
+    Args:
+        plan: Any plan of a convolution of xz.
+        grad: Gradient of the gated rows, (batch, L, E).
+        y: Rows before the gate.
+        xz: (batch, L, 2E).
+        grad_xz: (batch, L, 2E); its last E columns are written.
+
+    Returns:
+        Gradient of y.
+    """
+    grad_y = torch.empty_like(y)
+    arrays = map(flat, (grad, y, xz, grad_y, grad_xz))
+    count = plan.batch * plan.tasks
+    run_tasks(conv_kernels.gate_backward, count, plan, *arrays)
+    return grad_y

@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from segmamba.ops._numba.vectors import LANES
-
-TILE = 64
-"""Steps that a kernel handles at a time; states are kept for the backward once a tile."""
+from segmamba.ops._layout import LANES, TILE
 
 # A segment that starts in the middle needs its first state, which costs one more walk.
 _EXTRA_WALK = 0.8

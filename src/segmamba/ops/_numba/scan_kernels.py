@@ -6,28 +6,26 @@ Within a tile, states are [N][16 channels]. The formulas are in
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from segmamba.ops._numba.plan import TILE
+from segmamba.ops._layout import LANES, STATES, TILE
 from segmamba.ops._numba.tasks import kernel
 from segmamba.ops._numba.vectors import (
-    LANES,
     add,
     exp2,
     fma,
+    fold,
     load,
+    load_wide,
     mul,
     sigmoid,
     softplus,
     splat,
+    splat_wide,
     store,
-    total,
+    widen,
     zeros,
 )
-
-_LN2 = np.float32(math.log(2.0))
 
 
 @kernel
@@ -101,7 +99,7 @@ def scan_tile(
     y,
     lane,
 ):
-    """Walk a tile's block; write y rows (of `lane` floats each) from y's start on."""
+    """Walk a tile's block; write y rows, `lane` floats apart, from y's start on."""
     width = plan.blocks * LANES
     column = block * LANES
     shared = block // plan.blocks_per_matrix * plan.states
@@ -109,17 +107,17 @@ def scan_tile(
         row = case * plan.length + start + t
         step = load(dt, t * LANES)
         value = load(u, row * width + column)
-        drive = mul(step, value)
-        result = mul(value, load(skip, column))
+        steps, drive = widen(step), widen(mul(step, value))
         b_row = row * plan.b_width + plan.b_first + shared
         c_row = row * plan.c_width + plan.c_first + shared
-        for n in range(plan.states):
-            decay = exp2(mul(step, load(rates, (block * plan.states + n) * LANES)))
-            place = n * LANES
-            now = fma(decay, load(state, place), mul(drive, splat(matrix_b[b_row + n])))
-            store(state, place, now)
-            result = fma(now, splat(matrix_c[c_row + n]), result)
-        store(y, t * lane, result)
+        result = widen(zeros())
+        for n in range(0, plan.states, STATES):
+            rate = load_wide(rates, (block * plan.states + n) * LANES)
+            decayed = mul(exp2(mul(steps, rate)), load_wide(state, n * LANES))
+            now = fma(drive, splat_wide(matrix_b, b_row + n), decayed)
+            store(state, n * LANES, now)
+            result = fma(now, splat_wide(matrix_c, c_row + n), result)
+        store(y, t * lane, fma(value, load(skip, column), fold(result)))
 
 
 @kernel
@@ -130,13 +128,14 @@ def walk_tile(plan, case, block, start, count, u, dt, rates, matrix_b, state):
     for t in range(count):
         row = case * plan.length + start + t
         step = load(dt, t * LANES)
-        drive = mul(step, load(u, row * width + block * LANES))
+        value = load(u, row * width + block * LANES)
+        steps, drive = widen(step), widen(mul(step, value))
         b_row = row * plan.b_width + plan.b_first + shared
-        for n in range(plan.states):
-            decay = exp2(mul(step, load(rates, (block * plan.states + n) * LANES)))
-            place = n * LANES
-            now = fma(decay, load(state, place), mul(drive, splat(matrix_b[b_row + n])))
-            store(state, place, now)
+        for n in range(0, plan.states, STATES):
+            rate = load_wide(rates, (block * plan.states + n) * LANES)
+            decayed = mul(exp2(mul(steps, rate)), load_wide(state, n * LANES))
+            now = fma(drive, splat_wide(matrix_b, b_row + n), decayed)
+            store(state, n * LANES, now)
 
 
 @kernel

@@ -15,13 +15,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
-"""Floats in a vector."""
+from segmamba.ops._layout import LANES, STATES
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-_INTS = ir.VectorType(_INT, LANES)
 _FUSE = ("contract",)
 
 # 2**r = 1 + r q(r) on [-0.5, 0.5]: our minimax fit, relative error below 1e-7.
@@ -42,30 +39,66 @@ _LN2_HIGH = 0.693359375
 
 
 class _VectorType(types.Type):
-    """Numba's name for 16 floats."""
+    """Numba's name for a vector of floats."""
 
-    def __init__(self) -> None:
-        super().__init__(name="float32x16")
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"float32x{lanes}")
 
 
-VECTOR = _VectorType()
+VECTOR = _VectorType(LANES)
+WIDE = _VectorType(LANES * STATES)
 
 
 @register_model(_VectorType)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind) -> None:
-        super().__init__(manager, kind, _VECTOR)
+        super().__init__(manager, kind, ir.VectorType(_FLOAT, kind.lanes))
 
 
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [float(np.float32(value))] * LANES)
+def _constant(like, value: float) -> ir.Constant:
+    """A vector as long as another one, all of one value."""
+    return ir.Constant(
+        ir.VectorType(_FLOAT, like.type.count),
+        [float(np.float32(value))] * like.type.count,
+    )
+
+
+def _integers(count: int, values: Sequence[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INT, count), list(values))
 
 
 def _splat(builder, scalar):
-    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    nothing = ir.Constant(ir.VectorType(_FLOAT, LANES), ir.Undefined)
     single = builder.insert_element(nothing, scalar, ir.Constant(_INT, 0))
-    mask = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
-    return builder.shuffle_vector(single, nothing, mask)
+    return builder.shuffle_vector(single, nothing, _integers(LANES, [0] * LANES))
+
+
+def _join(builder, parts):
+    """Put vectors behind one another, two by two."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        mask = _integers(count, range(count))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in pairs]
+    return parts[0]
+
+
+def _halves(builder, value):
+    half = value.type.count // 2
+    low = _integers(half, range(half))
+    high = _integers(half, range(half, 2 * half))
+    return (
+        builder.shuffle_vector(value, value, low),
+        builder.shuffle_vector(value, value, high),
+    )
+
+
+def _fold(builder, value, lanes: int):
+    """Add the upper half to the lower one until `lanes` floats are left."""
+    while value.type.count > lanes:
+        value = builder.fadd(*_halves(builder, value))
+    return value
 
 
 def _fma(builder, a, b, c):
@@ -73,63 +106,65 @@ def _fma(builder, a, b, c):
 
 
 def _polynomial(builder, x, coefficients: Sequence[float]):
-    total = _constant(coefficients[-1])
+    total = _constant(x, coefficients[-1])
     for value in reversed(coefficients[:-1]):
-        total = _fma(builder, total, x, _constant(value))
+        total = _fma(builder, total, x, _constant(x, value))
     return total
 
 
 def _clamp(builder, x, low: float, high: float):
     """Keep x between two bounds; not-a-number stays what it is."""
-    below = builder.fcmp_ordered("<", x, _constant(low))
-    x = builder.select(below, _constant(low), x)
-    above = builder.fcmp_ordered(">", x, _constant(high))
-    return builder.select(above, _constant(high), x)
+    below = builder.fcmp_ordered("<", x, _constant(x, low))
+    x = builder.select(below, _constant(x, low), x)
+    above = builder.fcmp_ordered(">", x, _constant(x, high))
+    return builder.select(above, _constant(x, high), x)
 
 
 def _scale(builder, value, shifted):
     """Multiply by two to the integer in the low bits of `shifted`."""
+    count = value.type.count
+    integers = ir.VectorType(_INT, count)
     exponent = builder.shl(
-        builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [23] * LANES)
+        builder.bitcast(shifted, integers), _integers(count, [23] * count)
     )
-    bits = builder.add(builder.bitcast(value, _INTS), exponent)
-    return builder.bitcast(bits, _VECTOR)
+    bits = builder.add(builder.bitcast(value, integers), exponent)
+    return builder.bitcast(bits, value.type)
 
 
 def _exp2(builder, x):
     x = _clamp(builder, x, -126.0, 128.0)
-    shifted = builder.fadd(x, _constant(_ROUND))
-    rest = builder.fsub(x, builder.fsub(shifted, _constant(_ROUND)))
+    shifted = builder.fadd(x, _constant(x, _ROUND))
+    rest = builder.fsub(x, builder.fsub(shifted, _constant(x, _ROUND)))
     return _scale(builder, _polynomial(builder, rest, _EXP2), shifted)
 
 
 def _exp(builder, x):
     """exp(x), with log(2) in two parts so that large x lose no digits."""
     x = _clamp(builder, x, -87.3, 88.0)
-    scaled = builder.fmul(x, _constant(1 / math.log(2)))
-    shifted = builder.fadd(scaled, _constant(_ROUND))
-    whole = builder.fsub(shifted, _constant(_ROUND))
-    rest = _fma(builder, whole, _constant(-_LN2_HIGH), x)
-    rest = _fma(builder, whole, _constant(_LN2_HIGH - math.log(2)), rest)
+    scaled = builder.fmul(x, _constant(x, 1 / math.log(2)))
+    shifted = builder.fadd(scaled, _constant(x, _ROUND))
+    whole = builder.fsub(shifted, _constant(x, _ROUND))
+    rest = _fma(builder, whole, _constant(x, -_LN2_HIGH), x)
+    rest = _fma(builder, whole, _constant(x, _LN2_HIGH - math.log(2)), rest)
     return _scale(builder, _polynomial(builder, rest, _EXP), shifted)
 
 
 def _negative(builder, x):
-    return builder.fsub(_constant(-0.0), x)
+    return builder.fsub(_constant(x, -0.0), x)
 
 
 def _sigmoid(builder, x):
-    one = _constant(1.0)
+    one = _constant(x, 1.0)
     return builder.fdiv(one, builder.fadd(one, _exp(builder, _negative(builder, x))))
 
 
 def _softplus(builder, x):
     """max(x, 0) + log1p(exp(-|x|)), the logarithm as 2 atanh(e / (2 + e))."""
-    zero = _constant(0.0)
+    zero = _constant(x, 0.0)
     positive = builder.fcmp_ordered(">", x, zero)
     small = builder.select(positive, _negative(builder, x), x)
     grown = _exp(builder, small)
-    ratio = builder.fdiv(grown, builder.fadd(_constant(2.0), grown))
+    ratio = builder.fdiv(grown, builder.fadd(_constant(x, 2.0), grown))
     square = builder.fmul(ratio, ratio)
     logarithm = builder.fmul(ratio, _polynomial(builder, square, _ATANH))
     return builder.fadd(builder.select(positive, x, zero), logarithm)
@@ -140,8 +175,13 @@ def _address(context, builder, kind, array, index):
     return builder.gep(data, [index])
 
 
+def _pointer(context, builder, kind, array, index, lanes: int):
+    address = _address(context, builder, kind, array, index)
+    return builder.bitcast(address, ir.VectorType(_FLOAT, lanes).as_pointer())
+
+
 def _define(arity: int, build):
-    """Make an intrinsic of `arity` vectors from a function of (builder, *vectors)."""
+    """Make an intrinsic of `arity` like vectors from a function of (builder, *them)."""
 
     def generate(context, builder, signature, arguments):
         return build(builder, *arguments)
@@ -150,22 +190,36 @@ def _define(arity: int, build):
 
         @intrinsic
         def unary(typing_context, a):
-            return VECTOR(a), generate
+            return a(a), generate
 
         return unary
     if arity == 2:
 
         @intrinsic
         def binary(typing_context, a, b):
-            return VECTOR(a, b), generate
+            return a(a, b), generate
 
         return binary
 
     @intrinsic
     def ternary(typing_context, a, b, c):
-        return VECTOR(a, b, c), generate
+        return a(a, b, c), generate
 
     return ternary
+
+
+def _define_load(kind: _VectorType):
+    @intrinsic
+    def read(typing_context, array, index):
+        def generate(context, builder, signature, arguments):
+            pointer = _pointer(
+                context, builder, signature.args[0], *arguments, kind.lanes
+            )
+            return builder.load(pointer, align=4)
+
+        return kind(array, types.intp), generate
+
+    return read
 
 
 add = _define(2, lambda builder, a, b: builder.fadd(a, b, flags=_FUSE))
@@ -180,28 +234,21 @@ sigmoid = _define(1, _sigmoid)
 """1 / (1 + exp(-a))."""
 softplus = _define(1, _softplus)
 """log(1 + exp(a)), equal to a in float32 above 20."""
-
-
-@intrinsic
-def load(typing_context, array, index):
-    """Read 16 floats of an array from an index on."""
-
-    def generate(context, builder, signature, arguments):
-        address = _address(context, builder, signature.args[0], *arguments)
-        pointer = builder.bitcast(address, _VECTOR.as_pointer())
-        return builder.load(pointer, align=4)
-
-    return VECTOR(array, types.intp), generate
+load = _define_load(VECTOR)
+"""load(array, index): 16 floats from an index on."""
+load_wide = _define_load(WIDE)
+"""load_wide(array, index): 4 times 16 floats from an index on."""
 
 
 @intrinsic
 def store(typing_context, array, index, value):
-    """Write 16 floats to an array from an index on."""
+    """Write a vector or a wide vector to an array from an index on."""
 
     def generate(context, builder, signature, arguments):
         array, index, value = arguments
-        address = _address(context, builder, signature.args[0], array, index)
-        pointer = builder.bitcast(address, _VECTOR.as_pointer())
+        pointer = _pointer(
+            context, builder, signature.args[0], array, index, value.type.count
+        )
         builder.store(value, pointer, align=4)
         return context.get_dummy_value()
 
@@ -219,11 +266,44 @@ def splat(typing_context, scalar):
 
 
 @intrinsic
+def splat_wide(typing_context, array, index):
+    """Put each of 4 floats of an array in 16 places."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        address = _address(context, builder, signature.args[0], array, index)
+        places = [builder.gep(address, [ir.Constant(_INT, n)]) for n in range(STATES)]
+        return _join(builder, [_splat(builder, builder.load(p)) for p in places])
+
+    return WIDE(array, types.intp), generate
+
+
+@intrinsic
+def widen(typing_context, vector):
+    """Repeat a vector 4 times."""
+
+    def generate(context, builder, signature, arguments):
+        return _join(builder, [arguments[0]] * STATES)
+
+    return WIDE(vector), generate
+
+
+@intrinsic
+def fold(typing_context, wide):
+    """Add the 4 vectors of a wide one up."""
+
+    def generate(context, builder, signature, arguments):
+        return _fold(builder, arguments[0], LANES)
+
+    return VECTOR(wide), generate
+
+
+@intrinsic
 def zeros(typing_context):
     """16 zeros."""
 
     def generate(context, builder, signature, arguments):
-        return _constant(0.0)
+        return ir.Constant(ir.VectorType(_FLOAT, LANES), [0.0] * LANES)
 
     return VECTOR(), generate
 
@@ -233,16 +313,10 @@ def total(typing_context, vector):
     """Add the 16 floats up, always in the same order."""
 
     def generate(context, builder, signature, arguments):
-        value, width = arguments[0], LANES
-        while width > 1:
-            width //= 2
-            kind = ir.VectorType(_INT, width)
-            low = ir.Constant(kind, list(range(width)))
-            high = ir.Constant(kind, list(range(width, 2 * width)))
-            value = builder.fadd(
-                builder.shuffle_vector(value, value, low),
-                builder.shuffle_vector(value, value, high),
-            )
-        return builder.extract_element(value, ir.Constant(_INT, 0))
+        low, high = _halves(builder, _fold(builder, arguments[0], 2))
+        zero = ir.Constant(_INT, 0)
+        return builder.fadd(
+            builder.extract_element(low, zero), builder.extract_element(high, zero)
+        )
 
     return types.float32(vector), generate
