@@ -66,3 +66,15 @@ def largest_piece(mask: Array) -> Array:
     if count < 2:
         return mask
     return pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
+
+
+def fill_holes(mask: Array) -> Array:
+    """Add to a mask (I, J, K) what the outside can't reach through faces.
+
+    The same as scipy's binary_fill_holes, which grows the outside step by step; one
+    labelling of the complement is several times as fast.
+    """
+    outside, count = cast(Any, ndimage.label(np.pad(~mask, 1, constant_values=True)))
+    if count < 2:
+        return mask
+    return (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]

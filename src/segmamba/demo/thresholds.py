@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 
 from segmamba.data.dataset import Case, Dataset
-from segmamba.demo.fields import bounding_box, largest_piece
+from segmamba.demo.fields import bounding_box, fill_holes, largest_piece
 from segmamba.errors import ConfigError, describe
 from segmamba.evaluation.metrics import dice
 from segmamba.io import read_case, read_volume
@@ -136,7 +136,9 @@ def segment(
     """
     whole = _whole(flair, thresholds.flair)
     enhancing = whole & (t1c > thresholds.t1c)
-    core = _core(whole, enhancing, t1c, thresholds.closing, thresholds.dark)
+    core = _with_dark(
+        _closed(enhancing, thresholds.closing), whole, t1c, thresholds.dark
+    )
     return {"WT": whole, "TC": core, "ET": enhancing}
 
 
@@ -225,16 +227,21 @@ def _fit(
     smoothing, flair = options[int(np.argmax(np.mean(table, axis=0)))]
     if progress is not None:
         progress(1, 2, "threshold of FLAIR")
-    inner = list(itertools.product(_T1C_LEVELS, _CLOSING, _DARK_LEVELS))
 
     def score(brain: _Brain) -> FloatArray:
-        return _inner_scores(brain, flair, smoothing, inner)
+        return _inner_scores(brain, flair, smoothing)
 
     mean = np.mean(list(run(score, brains)), axis=0)
-    t1c, closing, dark = inner[int(np.argmax(mean))]
+    level, close, dim = np.unravel_index(int(np.argmax(mean)), mean.shape)
     if progress is not None:
         progress(2, 2, "threshold of T1 with contrast agent")
-    return Thresholds(float(flair), smoothing, float(t1c), closing, dark)
+    return Thresholds(
+        flair=float(flair),
+        flair_smoothing=smoothing,
+        t1c=float(_T1C_LEVELS[level]),
+        closing=_CLOSING[close],
+        dark=_DARK_LEVELS[dim],
+    )
 
 
 def _whole_scores(brain: _Brain, options: Sequence[tuple[float, float]]) -> FloatArray:
@@ -246,24 +253,25 @@ def _whole_scores(brain: _Brain, options: Sequence[tuple[float, float]]) -> Floa
     )
 
 
-def _inner_scores(
-    brain: _Brain,
-    flair: float,
-    smoothing: float,
-    options: Sequence[tuple[float, int, float | None]],
-) -> FloatArray:
-    """Sum of the Dice of TC and ET for every option, within the box of WT."""
+def _inner_scores(brain: _Brain, flair: float, smoothing: float) -> FloatArray:
+    """Sum of the Dice of TC and ET: (T1C levels, closings, dark levels)."""
     whole = _whole(_flair(brain, smoothing), flair)
     place = whole | brain.regions["WT"]
+    scores = np.zeros((len(_T1C_LEVELS), len(_CLOSING), len(_DARK_LEVELS)))
+    if not place.any():
+        return scores + 2
     box = bounding_box(place)
-    whole, t1c = np.pad(whole[box], 4), np.pad(brain.t1c[box], 4)
-    truth = {name: np.pad(mask[box], 4) for name, mask in brain.regions.items()}
-    scores = []
-    for level, closing, dark in options:
+    whole, t1c = whole[box], brain.t1c[box]
+    truth = {name: mask[box] for name, mask in brain.regions.items()}
+    for i, level in enumerate(_T1C_LEVELS):
         enhancing = whole & (t1c > level)
-        core = _core(whole, enhancing, t1c, closing, dark)
-        scores.append(dice(core, truth["TC"]) + dice(enhancing, truth["ET"]))
-    return np.array(scores)
+        scores[i] += dice(enhancing, truth["ET"])
+        for j, closing in enumerate(_CLOSING):
+            closed = _closed(enhancing, closing)
+            for k, dark in enumerate(_DARK_LEVELS):
+                core = _with_dark(closed, whole, t1c, dark)
+                scores[i, j, k] += dice(core, truth["TC"])
+    return scores
 
 
 def _score(brain: _Brain, thresholds: Thresholds) -> dict[str, float]:
@@ -281,16 +289,21 @@ def _whole(flair: FloatArray, level: float) -> Array:
     mask = largest_piece(flair > level)
     if mask.any():
         box = bounding_box(mask)
-        mask[box] = ndimage.binary_fill_holes(mask[box])
+        mask[box] = fill_holes(mask[box])
     return mask
 
 
-def _core(
-    whole: Array, enhancing: Array, t1c: FloatArray, closing: int, dark: float | None
-) -> Array:
-    core = enhancing
-    if closing:
-        core = ndimage.binary_closing(np.pad(core, closing), iterations=closing)
-        core = core[(slice(closing, -closing),) * 3]
-    core = np.asarray(ndimage.binary_fill_holes(core))
+def _closed(enhancing: Array, closing: int) -> Array:
+    """Close a rim by so many voxels and fill what it encloses."""
+    if closing and enhancing.any():
+        box = bounding_box(enhancing)
+        part = np.pad(enhancing[box], closing)
+        part = ndimage.binary_closing(part, iterations=closing)
+        closed = np.zeros_like(enhancing)
+        closed[box] = part[(slice(closing, -closing),) * 3]
+        enhancing = closed
+    return fill_holes(enhancing)
+
+
+def _with_dark(core: Array, whole: Array, t1c: FloatArray, dark: float | None) -> Array:
     return core if dark is None else core | (whole & (t1c < dark))

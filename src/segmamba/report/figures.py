@@ -123,7 +123,8 @@ def draw_cases(
     scenes = [_scene(picture) for picture in pictures]
     parts = _parts(labels, pictures)
     heights = [s.image.shape_on_page(plane) for s in scenes for plane in planes]
-    inches = [2.9 * min(height, 1.6) for height in heights]
+    column = 2.9 if len(pictures) == 1 else 2.5  # captions take a little width
+    inches = [column * min(height, 1.6) for height in heights]
     figure = new_figure(9.2, sum(inches) + 1.1, dark=True)
     grid = figure.subplots(
         len(inches), 3, squeeze=False, gridspec_kw={"height_ratios": inches}
