@@ -73,7 +73,7 @@ def nnunet(root: Path, **changes: object) -> Path:
     return root
 
 
-def brats(root: Path, cases: dict[str, tuple[int, ...] | None], *, new: bool) -> Path:
+def brats(root: Path, cases: dict, *, new: bool) -> Path:
     kinds = ("t1n", "t1c", "t2w", "t2f") if new else ("t1", "t1ce", "t2", "flair")
     sign = "-" if new else "_"
     for index, (name, values) in enumerate(cases.items()):
@@ -176,7 +176,7 @@ def test_nnunet_dataset_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("enhancing", [3, 4])
 def test_brats_names_and_enhancing_value(tmp_path, new, enhancing) -> None:
-    cases = {f"c{i}": (1, 2) for i in range(6)}
+    cases: dict = {f"c{i}": (1, 2) for i in range(6)}
     cases["c9"] = (1, 2, enhancing)  # most cases have none
     dataset = load_dataset(brats(tmp_path, cases, new=new))
     assert dataset.layout == "brats"

@@ -174,6 +174,8 @@ def _find_stray_files(dataset: Dataset) -> list[_Stray]:
     listed = {_key(path) for path in images | labels}
     image_folders = {_key(path.parent) for path in images}
     label_folders = {_key(path.parent) for path in labels}
+    if dataset.layout == "brats":
+        label_folders = image_folders  # a case's files lie together
     folders = _folders_to_search(dataset, images | labels)
     found = {
         folder: [path for path in _scans(folder) if _key(path) not in listed]

@@ -65,7 +65,7 @@ class LabelScheme:
 
     @property
     def is_region_based(self) -> bool:
-        """Whether outputs are overlapping regions (sigmoid) and not classes (softmax)."""
+        """Whether outputs are overlapping regions (sigmoid), not classes (softmax)."""
         return bool(self.regions)
 
     @property
