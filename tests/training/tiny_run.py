@@ -82,11 +82,11 @@ def make_trainer(folder: Path, config: TrainConfig = CONFIG, **options) -> Train
 
 
 def main() -> None:
-    """Train slowly enough to be killed: FOLDER OPTIMIZER, always with resume."""
+    """Train into the folder of the first argument, slowly enough to be killed."""
     torch.set_num_threads(1)
-    folder, optimizer = sys.argv[1:]
-    config = dataclasses.replace(CONFIG, max_epochs=12, optimizer=optimizer)
-    trainer = make_trainer(Path(folder), config, on_progress=lambda _: time.sleep(0.02))
+    config = dataclasses.replace(CONFIG, max_epochs=12, optimizer="adamw")
+    folder = Path(sys.argv[1])
+    trainer = make_trainer(folder, config, on_progress=lambda _: time.sleep(0.01))
     trainer.fit(resume=True)
 
 

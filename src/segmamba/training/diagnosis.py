@@ -1,13 +1,16 @@
-"""Finding out where a not-a-number came from."""
+"""Why training stopped, in words: not-a-number, memory, files, interruption."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segmamba.errors import describe
+from segmamba.errors import TrainingError, describe
 
 
 def explain_not_finite(
@@ -54,6 +57,55 @@ def explain_not_finite(
 def is_finite(batch: Any) -> bool:
     """Tell whether a batch's image holds finite numbers only."""
     return not _bad_channels(batch.image)
+
+
+def explain_interruption(signal: object, step: int, file: Path) -> str:
+    """Say that training was stopped from outside and how to go on."""
+    return describe(
+        f"training was interrupted ({signal})",
+        found=f"step {step}, which is saved",
+        file=file,
+        remedy="Go on with --resume.",
+    )
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn a full memory or a file's error inside into a `TrainingError` of ours.
+
+    Args:
+        folder: Named where the error names no file.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            describe(
+                "the device's memory is too small for this training",
+                found=str(error).splitlines()[0],
+                remedy="Use a smaller patch or batch, or activation checkpointing.",
+            )
+        ) from error
+    except OSError as error:
+        raise TrainingError(
+            describe(
+                "a file could not be read or written while training",
+                found=error,
+                file=error.filename or folder,
+                remedy="What was saved before is intact: mend it, then use --resume.",
+            )
+        ) from error
+
+
+def explain_misfit(file: Path, found: str) -> str:
+    """Say that a readable checkpoint is none of this training's."""
+    return describe(
+        "a checkpoint does not fit this training",
+        expected="the state of a run with this network and optimiser",
+        found=" ".join(found.split()),
+        file=file,
+        remedy="Train into another folder.",
+    )
 
 
 def _remedy(bad_image: bool, precision: str) -> str:

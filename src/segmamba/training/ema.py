@@ -72,5 +72,26 @@ class WeightAverage:
             self.tensors[name].copy_(tensor)
 
     def _swap(self, network: nn.Module) -> None:
+        seen = set()
         for name, tensor in network.state_dict(keep_vars=True).items():
-            tensor.data, self.tensors[name] = self.tensors[name], tensor.data
+            if id(tensor) not in seen:  # shared weights have two names
+                tensor.data, self.tensors[name] = self.tensors[name], tensor.data
+            seen.add(id(tensor))
+
+
+@contextlib.contextmanager
+def prediction_weights(
+    network: nn.Module, average: WeightAverage | None
+) -> Iterator[nn.Module]:
+    """Lend out a network as predictions use it: averaged weights, eval mode.
+
+    Args:
+        network: In train mode again at the end, with its own weights.
+        average: None leaves the weights as they are.
+    """
+    network.eval()
+    try:
+        with average.applied(network) if average else contextlib.nullcontext():
+            yield network
+    finally:
+        network.train()

@@ -30,11 +30,17 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder: Made if it is missing.
 
     Raises:
-        ConfigError: Another process writes to the folder; the text says which.
+        ConfigError: Another process writes to the folder (the text says which), or
+            the folder can't be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    descriptor = _take(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(path)
+    except OSError as error:
+        raise ConfigError(
+            describe("can't write to this folder", found=error, file=folder)
+        ) from error
     try:
         yield
     finally:

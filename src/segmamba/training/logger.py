@@ -98,6 +98,21 @@ def read_log(path: Path | str) -> list[JsonDict]:
     return lines
 
 
+def overall_score(scores: JsonDict) -> float:
+    """Give the one number of a validation that training should raise.
+
+    Args:
+        scores: Numbers by name, groups of them too.
+
+    Returns:
+        "score" if there is one, else the mean of all numbers; NaN if there is none.
+    """
+    flat = _flat(scores)
+    return float(
+        flat.get("score", sum(flat.values()) / len(flat) if flat else math.nan)
+    )
+
+
 def _tensorboard_writer(folder: Path, wanted: bool) -> Any:
     """Open a writer; None if it is not wanted or TensorBoard is not installed."""
     if not wanted:

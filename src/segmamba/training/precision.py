@@ -69,6 +69,13 @@ def precision_for(
     return "fp32"
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Give the context in which the network computes; "fp32" changes nothing."""
+    return torch.autocast(
+        device.type, dtype=DTYPES[precision], enabled=precision != "fp32"
+    )
+
+
 def cpu_has_bf16_units() -> bool:
     """Tell whether this CPU multiplies bfloat16 in hardware.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -50,3 +51,27 @@ class TrainResult:
     """One JSON line an epoch."""
     note: str | None = None
     """What the user should know, such as that an older checkpoint was used."""
+
+
+@dataclass
+class Pace:
+    """Measures how fast training goes since `fit` began."""
+
+    first_fraction: float
+    """Share of the run that was over then."""
+    patches: int = 0
+    """Patches seen since then."""
+    _began: float = field(default_factory=time.monotonic)
+
+    def rates(self, fraction: float) -> tuple[float, float]:
+        """Give the present rates.
+
+        Args:
+            fraction: Share of the run that is over now.
+
+        Returns:
+            Patches a second, and the seconds that are left.
+        """
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        pace = max(fraction - self.first_fraction, 1e-12) / seconds
+        return self.patches / seconds, (1 - fraction) / pace

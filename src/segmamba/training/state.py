@@ -53,6 +53,22 @@ class TrainState:
     validations_since_best: int = 0
     """Validations after that one."""
 
+    def mean_loss(self) -> float:
+        """Give the mean loss of the epoch so far."""
+        return self.loss_sum / max(self.epoch_updates, 1)
+
+    def epoch_summary(self, seconds: float) -> JsonDict:
+        """Give what the log says of the present epoch, which took so many seconds."""
+        return {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "loss": self.mean_loss(),
+            "gradient_norm": self.norm_sum / max(self.epoch_updates, 1),
+            "skipped_steps": self.step - self.epoch_step - self.epoch_updates,
+            "seconds": seconds,
+            "patches_per_s": self.epoch_patches / max(seconds, 1e-9),
+        }
+
     def begin_epoch(self, elapsed_s: float) -> None:
         """Count one more finished epoch and empty the sums."""
         self.epoch += 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,28 @@ from torch import Tensor, nn
 from segmamba import checkpoint
 from segmamba.config import TrainConfig, to_dict
 from segmamba.data.augment import Batch
-from segmamba.errors import CheckpointError, TrainingError, describe
+from segmamba.errors import CheckpointError, TrainingError
 from segmamba.training.batches import to_device
-from segmamba.training.diagnosis import explain_not_finite, is_finite
-from segmamba.training.ema import WeightAverage
+from segmamba.training.diagnosis import (
+    explain_interruption,
+    explain_misfit,
+    explain_not_finite,
+    explained,
+    is_finite,
+)
+from segmamba.training.ema import WeightAverage, prediction_weights
 from segmamba.training.interrupt import Interrupt, Interrupted
 from segmamba.training.lock import folder_lock
-from segmamba.training.logger import RunLogger
+from segmamba.training.logger import RunLogger, overall_score
 from segmamba.training.optimizer import build_optimizer, set_learning_rate
-from segmamba.training.precision import DTYPES, Precision, precision_for, usable_device
+from segmamba.training.precision import (
+    Precision,
+    autocast,
+    precision_for,
+    usable_device,
+)
 from segmamba.training.prefetch import Prefetcher
-from segmamba.training.results import Progress, TrainResult
+from segmamba.training.results import Pace, Progress, TrainResult
 from segmamba.training.run_folder import RunFolder
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
 from segmamba.training.snapshot import (
@@ -58,8 +68,8 @@ class Trainer:
             `log.jsonl` and `tensorboard/`.
         plan_hash: What the data went through; a resumed run must have the same.
         device: "cpu", "cuda", "auto" or a torch device.
-        validate: From the network (averaged weights, eval mode) to scores by name, the
-            higher the better. "score" decides; without it the mean of all does.
+        validate: From the network (averaged weights, eval mode) to scores by name,
+            which are logged. "score" is the one to raise; without it, the mean of all.
         on_progress: Called after each step.
         on_epoch: Called after each log line with the log's path, such as for a picture.
         model_metadata: JSON values to store in `model.safetensors`.
@@ -80,7 +90,7 @@ class Trainer:
         *,
         plan_hash: str = "",
         device: torch.device | str = "cpu",
-        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        validate: Callable[[nn.Module], JsonDict] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[Path], None] | None = None,
         model_metadata: JsonDict | None = None,
@@ -130,7 +140,7 @@ class Trainer:
             CheckpointError: A state can't be read or written.
             TrainingError: Not-a-number, or an interruption (after saving).
         """
-        with folder_lock(self.folder.path):
+        with folder_lock(self.folder.path), explained(self.folder.path):
             self._begin(resume)
             if not self._is_settled():
                 self._run()
@@ -144,8 +154,7 @@ class Trainer:
             self.folder.refuse_to_overwrite()
         self._started = self._saved_at = time.monotonic()
         self._saved_place = (self.state.step, self.state.epoch)
-        self._first = (self._progress(), self._elapsed_s())
-        self._patches = 0
+        self._pace = Pace(self._progress())
 
     def _run(self) -> None:
         stop = total_steps(self.config)
@@ -168,8 +177,8 @@ class Trainer:
                 self._loop(batches)
             except Interrupted as signal:
                 self.save()
-                raise TrainingError(self._interrupted_text(signal)) from None
-        self.save()
+                text = explain_interruption(signal, self.state.step, self.folder.path)
+                raise TrainingError(text) from None
 
     def _loop(self, batches: Prefetcher[Batch]) -> None:
         self.network.train()
@@ -178,12 +187,13 @@ class Trainer:
                 self._finish_epoch()
             if self._save_is_due():
                 self.save()
-            self._interrupt.check()
             if self._is_over():
                 break
+            self._interrupt.check()
             self._step(next(batches))
         if self.state.step > self.state.epoch_step:  # the clock cut it short
             self._finish_epoch()
+        self.save()
 
     # -------------------------------------------------------------------------- step
 
@@ -209,15 +219,11 @@ class Trainer:
         self.scaler.update()
         state.step += 1
         state.epoch_patches += len(batch.image)
-        self._patches += len(batch.image)
+        self._pace.patches += len(batch.image)
         self._report(values[0], learning_rate)
 
     def _forward(self, batch: Batch) -> Tensor:
-        with torch.autocast(
-            self.device.type,
-            dtype=DTYPES[self.precision],
-            enabled=self.precision != "fp32",
-        ):
+        with autocast(self.device, self.precision):
             outputs = self.network(batch.image)
         if isinstance(outputs, Tensor):
             return self.loss(outputs.float(), batch.label)
@@ -261,19 +267,12 @@ class Trainer:
         state = self.state
         seconds = self._elapsed_s() - state.epoch_started_s
         scores = self._scores()
-        count = max(state.epoch_updates, 1)
-        state.last_loss = state.loss_sum / count
+        state.last_loss = state.mean_loss()
         line = {
-            "epoch": state.epoch + 1,
-            "step": state.step,
+            **state.epoch_summary(seconds),
             "progress": self._progress(),
-            "loss": state.last_loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": state.norm_sum / count,
-            "skipped_steps": state.step - state.epoch_step - state.epoch_updates,
-            "seconds": seconds,
             "elapsed_s": self._elapsed_s(),
-            "patches_per_s": state.epoch_patches / max(seconds, 1e-9),
         }
         if scores:
             line["validation"] = scores
@@ -282,15 +281,20 @@ class Trainer:
         if self.on_epoch is not None:
             self.on_epoch(self._logger.path)
 
-    def _scores(self) -> dict[str, float]:
+    def _scores(self) -> JsonDict:
         """Validate at the end of every so many whole epochs."""
         due = (self.state.epoch + 1) % self.config.validate_every == 0
         if self.validate is None or not due or not self._epoch_is_full():
             return {}
-        with self._prediction_weights() as network, self._interrupt.acting_at_once():
+        with (
+            prediction_weights(self.network, self.average) as network,
+            self._interrupt.acting_at_once(),
+        ):
             scores = self.validate(network)
-        score = scores.get("score", sum(scores.values()) / max(len(scores), 1))
-        if self.state.note_score(float(score)) and self.config.patience is not None:
+        if (
+            self.state.note_score(overall_score(scores))
+            and self.config.patience is not None
+        ):
             self._save_model()
         return scores
 
@@ -345,7 +349,7 @@ class Trainer:
         if loaded is None:
             return
         if loaded.metadata.get("kind") != "training state":
-            raise CheckpointError(_no_state(loaded.path, "weights for prediction"))
+            raise CheckpointError(explain_misfit(loaded.path, "weights for prediction"))
         identity = run_identity(self.network, self.config, self.plan_hash)
         check_resumable(loaded.metadata, identity, loaded.path)
         try:
@@ -356,7 +360,7 @@ class Trainer:
                 self.scaler.load_state_dict(loaded.metadata["scaler"])
             self.state = TrainState(**loaded.metadata["state"])
         except (RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(_no_state(loaded.path, str(error))) from error
+            raise CheckpointError(explain_misfit(loaded.path, str(error))) from error
         if loaded.note is not None:
             self._note = loaded.note
             _log.warning(loaded.note)
@@ -388,26 +392,11 @@ class Trainer:
         epoch_is_open = self.state.step > self.state.epoch_step
         return self._is_over() and not epoch_is_open and self.folder.model.exists()
 
-    @contextlib.contextmanager
-    def _prediction_weights(self) -> Iterator[nn.Module]:
-        """Lend out the network as predictions use it."""
-        self.network.eval()
-        try:
-            if self.average is None:
-                yield self.network
-            else:
-                with self.average.applied(self.network):
-                    yield self.network
-        finally:
-            self.network.train()
-
     def _report(self, loss: float, learning_rate: float) -> None:
         if self.on_progress is None:
             return
-        first_fraction, first_s = self._first
         fraction = self._progress()
-        seconds = max(self._elapsed_s() - first_s, 1e-9)
-        pace = max(fraction - first_fraction, 1e-12) / seconds
+        patches_per_s, remaining_s = self._pace.rates(fraction)
         self.on_progress(
             Progress(
                 step=self.state.step,
@@ -415,8 +404,8 @@ class Trainer:
                 fraction=fraction,
                 loss=loss,
                 learning_rate=learning_rate,
-                patches_per_s=self._patches / seconds,
-                remaining_s=(1 - fraction) / pace,
+                patches_per_s=patches_per_s,
+                remaining_s=remaining_s,
             )
         )
 
@@ -434,21 +423,3 @@ class Trainer:
             log_path=self.folder.log,
             note=self._note,
         )
-
-    def _interrupted_text(self, signal: Interrupted) -> str:
-        return describe(
-            f"training was interrupted ({signal})",
-            found=f"step {self.state.step}, which is saved",
-            file=self.folder.checkpoint,
-            remedy="Go on with --resume.",
-        )
-
-
-def _no_state(path: Path, found: str) -> str:
-    return describe(
-        "a checkpoint does not fit this training",
-        expected="the state of a run with this network and optimiser",
-        found=found,
-        file=path,
-        remedy="Train into another folder.",
-    )
