@@ -290,13 +290,28 @@ def test_options_reach_the_windows():
             make_predictor(**option)
 
 
-def test_networks_are_set_to_evaluation():
+def test_networks_evaluate_and_go_on_training():
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 1), torch.nn.Dropout(0.5))
     network.train()
+    network[0].eval()
     predictor = make_predictor(network)
-    first, second = (predictor(oriented(ORIENTATIONS[0])).label_map for _ in "ab")
+    first, second = (
+        predictor.predict(oriented(ORIENTATIONS[0]), probabilities=True).probabilities
+        for _ in "ab"
+    )
+    assert first is not None
+    assert second is not None
     np.testing.assert_array_equal(first, second)
-    assert not network.training
+    assert [module.training for module in network.modules()] == [True, False, True]
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_too_little_memory_says_what_helps():
+    def greedy(batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TiB")
+
+    with pytest.raises(BackendUnavailableError, match=r"too little memory.*batch_size"):
+        make_predictor(greedy)(oriented(ORIENTATIONS[0]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -16,6 +16,7 @@ from segmamba.checkpoint import ModelFile, load_model_file
 from segmamba.config import load_yaml
 from segmamba.data.dataset import Dataset, dataset_from_dict
 from segmamba.data.plan import Plan, load_plan, plan_hash
+from segmamba.devices import precision_for, resolve_device
 from segmamba.errors import CheckpointError, ConfigError, describe
 from segmamba.inference.predictor import Predictor
 from segmamba.nn import build_network
@@ -71,12 +72,18 @@ def load_model(
     models = _load_folds(folder, folds)
     for path, model in models.items():
         _check(path, model, plan, dataset)
+    networks = [_build(path, model, plan) for path, model in models.items()]
+    chosen = resolve_device(device)
+    if chosen.type == "cpu" and precision_for(chosen, precision) == "bf16":
+        # A third faster there (measured), and no difference in fp32.
+        for network in networks:
+            network.to(memory_format=torch.channels_last_3d)  # pyright: ignore
     return Predictor(
-        [_build(path, model, plan) for path, model in models.items()],
+        networks,
         plan,
         dataset.channels,
         dataset.labels,
-        device=device,
+        device=chosen,
         overlap=overlap,
         mirror=_mirror_axes(mirror, list(models)),
         precision=precision,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -120,7 +121,8 @@ class Predictor:
 
         Args:
             networks: One or several (folds) of (B, C, D, H, W) to logits
-                (B, K, D, H, W); their logits are averaged.
+                (B, K, D, H, W); their logits are averaged. Modules are moved to the
+                device, and are in evaluation mode while they predict only.
             plan: The plan that they were trained by.
             channels: Names of the image channels in their order.
             scheme: What the logits' K channels stand for.
@@ -284,7 +286,9 @@ class Predictor:
                     raise
                 torch.cuda.empty_cache()
                 return self._windows(image, torch.device("cpu"), case, progress)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise BackendUnavailableError(
                 describe(
                     f"{self.device} has too little memory for {case}",
@@ -300,20 +304,21 @@ class Predictor:
         case: str,
         progress: Progress | None,
     ) -> torch.Tensor:
-        return sliding_window_logits(
-            self.networks,
-            image,
-            self.plan.patch_size,
-            overlap=self.overlap,
-            mirror_axes=self.mirror_axes,
-            batch_size=self.batch_size,
-            device=self.device,
-            accumulate_device=target,
-            accumulate_dtype=self.accumulate_dtype,
-            precision=self.precision,
-            case=case,
-            progress=progress,
-        )
+        with _evaluating(self.networks):
+            return sliding_window_logits(
+                self.networks,
+                image,
+                self.plan.patch_size,
+                overlap=self.overlap,
+                mirror_axes=self.mirror_axes,
+                batch_size=self.batch_size,
+                device=self.device,
+                accumulate_device=target,
+                accumulate_dtype=self.accumulate_dtype,
+                precision=self.precision,
+                case=case,
+                progress=progress,
+            )
 
     def _accumulate_on(self, image: torch.Tensor) -> torch.device:
         if self.accumulate_device is not None:
@@ -335,9 +340,32 @@ class Predictor:
         return restore_label_map(logits, geometry, self.scheme), None
 
     def _ready(self, network: Callable[..., Any]) -> Callable[..., Any]:
-        if isinstance(network, nn.Module):
-            return network.to(self.device).eval().requires_grad_(False)
-        return network
+        return network.to(self.device) if isinstance(network, nn.Module) else network
+
+
+@contextlib.contextmanager
+def _evaluating(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Switch to evaluation and back: a network may be in the middle of training."""
+    modules = [
+        module
+        for network in networks
+        if isinstance(network, nn.Module)
+        for module in network.modules()
+    ]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU, PyTorch has no type of its own for this.
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or "allocate memory" in str(error)
 
 
 def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:
