@@ -19,7 +19,7 @@ from segmamba.data import cache as cache_module
 from segmamba.data.cache import build_cache, foreground_locations, open_cache
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.labels import LabelScheme
-from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
+from segmamba.data.plan import ChannelNormalization, Plan, plan_hash
 from segmamba.data.preprocess import preprocess_image, preprocess_label
 from segmamba.errors import ConfigError, FormatError, SegMambaError
 from segmamba.io import read_case, read_volume
@@ -257,40 +257,41 @@ def test_foreground_is_a_fair_repeatable_sample():
 KILLED = """
 import sys
 from pathlib import Path
-from segmamba.config import from_dict
+sys.path.insert(0, sys.argv[1])
+from test_cache import PLAN, hippocampus
 from segmamba.data.cache import build_cache
-from segmamba.data.dataset import Case, Dataset
-from segmamba.data.labels import LabelScheme
-from segmamba.data.plan import load_plan
-
-root, plan, folder = map(Path, sys.argv[1:])
-images = sorted((root / "imagesTr").glob("*.nii.gz"))[:60]
-cases = tuple(Case(f.name[:-7], (f,), root / "labelsTr" / f.name) for f in images)
-scheme = LabelScheme({"background": 0, "Anterior": 1, "Posterior": 2})
-dataset = Dataset("hippocampus", root, "msd", ("MRI",), scheme, cases)
-build_cache(dataset, load_plan(plan), folder, workers=2)
-print("finished")
+build_cache(hippocampus(Path(sys.argv[2])), PLAN, Path(sys.argv[3]), workers=2)
 """
 
 
+def hippocampus(root: Path) -> Dataset:
+    images = sorted((root / "imagesTr").glob("*.nii.gz"))[:60]
+    cases = tuple(Case(f.name[:-7], (f,), root / "labelsTr" / f.name) for f in images)
+    scheme = LabelScheme({"background": 0, "Anterior": 1, "Posterior": 2})
+    return Dataset("hippocampus", root, "msd", ("MRI",), scheme, cases)
+
+
+def finished(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("hippocampus*.json")}
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_build_killed_at_any_moment_goes_on(shared_data, tmp_path):
-    plan, folder = tmp_path / "plan.json", tmp_path / "cache"
-    root = shared_data / "Task04_Hippocampus"
-    save_plan(plan, PLAN)
-    command = [sys.executable, "-c", KILLED, str(root), str(plan), str(folder)]
-    process = subprocess.Popen(command)
-    while len(list(folder.glob("*.json"))) < 8 and process.poll() is None:
+    root, folder = shared_data / "Task04_Hippocampus", tmp_path / "cache"
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, here, str(root), str(folder)]
+    )
+    while len(finished(folder)) < 8 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {path.name.split(".")[0] for path in folder.glob("*.json")}
+    done = finished(folder)
     assert 8 <= len(done) < 60
     before = states(folder)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    after = states(folder)
-    assert changed(before, after).isdisjoint(done)
-    cache = open_cache(folder, PLAN)
+    cache = build_cache(hippocampus(root), PLAN, folder)
+    assert changed(before, states(folder)).isdisjoint(done)
     assert len(cache.case_ids) == 60
     for case_id in cache.case_ids:
         path = root / "imagesTr" / f"{case_id}.nii.gz"

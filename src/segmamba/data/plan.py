@@ -40,6 +40,10 @@ from segmamba.types import Size3, Spacing3
 ZERO_BACKGROUND_SHARE = 0.25
 """Share of voxels that are exactly 0 from which an image counts as masked."""
 
+Problem = tuple[str, str, object]
+"""What is wrong, what was expected, what was found."""
+
+_OVERRIDES = "the plan with its overrides"
 _PREPROCESSING = (
     "orientation",
     "spacing_mm",
@@ -124,16 +128,17 @@ def make_plan(
     overrides = overrides or {}
     _check_channels(fingerprint, dataset)
     wanted = {**to_dict(network), **_network_overrides(overrides)}
-    network = from_dict(NetworkConfig, wanted, source="the overrides of the plan")
+    network = from_dict(NetworkConfig, wanted, source=_OVERRIDES)
     memory = memory_mib or device_memory_mib(device)
     draft = _draft(fingerprint, dataset, network, device, memory, {})
     chosen = _override(draft, overrides)  # also checks keys and types
+    _check_grid(chosen, _OVERRIDES)
     given = {key: getattr(chosen, key) for key in overrides if key != "network"}
     if "strides" in _network_overrides(overrides):
         given["strides"] = network.strides
     plan = _draft(fingerprint, dataset, network, device, memory, given)
     plan = _estimate(_override(plan, overrides), device)
-    validate_plan(plan, source="the plan with its overrides")
+    validate_plan(plan, source=_OVERRIDES)
     return plan
 
 
@@ -182,29 +187,43 @@ def validate_plan(plan: Plan, *, source: Path | str = "the plan") -> None:
     Raises:
         ConfigError: A value can't be used.
     """
+    _check_grid(plan, source)
+    _raise_first(_network_problems(plan), source)
+    _raise_first(_normalization_problems(plan.normalization), source)
+
+
+def _check_grid(plan: Plan, source: Path | str) -> None:
     try:
         world_axes(plan.orientation)
     except ConfigError as error:
         raise ConfigError(f"{error} In {source}.") from error
-    for problem, expected, found in _problems(plan):
+    _raise_first(_grid_problems(plan), source)
+
+
+def _raise_first(problems: Iterator[Problem], source: Path | str) -> None:
+    for problem, expected, found in problems:
         raise ConfigError(
             describe(problem, expected=expected, found=found, file=source)
         )
 
 
-def _problems(plan: Plan) -> Iterator[tuple[str, str, object]]:
-    network = plan.network
+def _grid_problems(plan: Plan) -> Iterator[Problem]:
     if min(plan.spacing_mm) <= 0 or not all(map(math.isfinite, plan.spacing_mm)):
         yield "bad spacing_mm", "three numbers of mm above 0", plan.spacing_mm
+    if min(plan.patch_size) < 1:
+        yield "bad patch_size", "three numbers of 1 or more", plan.patch_size
     if plan.batch_size < 1:
         yield "bad batch_size", "1 or more", plan.batch_size
+
+
+def _network_problems(plan: Plan) -> Iterator[Problem]:
+    network = plan.network
     if len(plan.normalization) != network.in_channels:
         yield (
             "wrong number of normalizations",
             f"{network.in_channels}, one for each channel (network.in_channels)",
             len(plan.normalization),
         )
-    yield from _normalization_problems(plan.normalization)
     stages = len(network.dims)
     for name in ("depths", "strides"):
         if len(getattr(network, name)) != stages:
@@ -233,7 +252,7 @@ def _problems(plan: Plan) -> Iterator[tuple[str, str, object]]:
 
 def _normalization_problems(
     rules: Sequence[ChannelNormalization],
-) -> Iterator[tuple[str, str, object]]:
+) -> Iterator[Problem]:
     for index, rule in enumerate(rules):
         name = f"bad normalization of channel {index}"
         if rule.scheme != "ct":
@@ -321,7 +340,7 @@ def choose_normalization(channel: ChannelFingerprint) -> ChannelNormalization:
 def _override(plan: Plan, overrides: dict[str, Any]) -> Plan:
     merged = {**to_dict(plan), **overrides}
     merged["network"] = {**to_dict(plan.network), **_network_overrides(overrides)}
-    return from_dict(Plan, merged, source="the overrides of the plan")
+    return from_dict(Plan, merged, source=_OVERRIDES)
 
 
 def _network_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
