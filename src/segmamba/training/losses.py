@@ -7,13 +7,14 @@ stays float64) whatever the autocast type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import ConfigError, GeometryError, describe
@@ -45,14 +46,15 @@ class Targets(NamedTuple):
     """Annotated voxels (B, D, H, W), bool; None where all are."""
 
 
-class _Scores(NamedTuple):
-    """One output's logits in the forms that the terms need; all (B, D, H, W)."""
+class _Sums(NamedTuple):
+    """What overlaps and cross-entropy need of a batch, differentiable."""
 
-    probability: Tensor
-    log_true: Tensor
-    """Log-probability of belonging."""
-    log_false: Tensor | None
-    """Log-probability of not belonging; None for exclusive classes."""
+    shared: Tensor
+    """(B, outputs): probabilities summed over each output's voxels."""
+    mass: Tensor
+    """(B, outputs): probabilities summed over the annotated voxels."""
+    entropy: Tensor
+    """(B,): cross-entropy summed over the annotated voxels (and regions)."""
 
 
 @dataclass(frozen=True)
@@ -109,21 +111,25 @@ class SegmentationLoss:
         with torch.autocast(logits.device.type, enabled=False):
             wide = logits if logits.dtype == torch.float64 else logits.float()
             targets = encode_targets(labels, self.scheme)
-            scores = _scores(wide, self.scheme.is_region_based)
-            terms = [self._term(term, scores, targets) for term in _TERMS[self.name]]
+            regions = self.scheme.is_region_based
+            sums = _Sums(*_SumOverVoxels.apply(wide, regions, *targets))
+            terms = [
+                self._term(term, wide, sums, targets) for term in _TERMS[self.name]
+            ]
             return torch.stack(terms).sum()
 
-    def _term(self, term: str, scores: list[_Scores], targets: Targets) -> Tensor:
-        if term == "ce":
-            return _voxel_mean(scores, targets, _cross_entropy)
-        if term == "focal":
-            return _voxel_mean(scores, targets, _focal)
-        skipped = 0 if self.scheme.is_region_based else 1
-        halves = (0.5, 0.5)
+    def _term(self, term: str, logits: Tensor, sums: _Sums, targets: Targets) -> Tensor:
+        regions = self.scheme.is_region_based
+        if term in ("ce", "focal"):
+            total = sums.entropy.sum()
+            if term == "focal":
+                total = _focal(logits, targets, regions)
+            return total / (_count(targets) * (len(targets.masks) if regions else 1))
+        weights = (0.5, 0.5)
         if term == "tversky":
-            halves = (TVERSKY_FALSE_POSITIVE, TVERSKY_FALSE_NEGATIVE)
-        chosen = Targets(targets.masks[skipped:], targets.valid)
-        return 1 - _overlap(scores[skipped:], chosen, halves, self.batch_dice)
+            weights = (TVERSKY_FALSE_POSITIVE, TVERSKY_FALSE_NEGATIVE)
+        first = 0 if regions else 1
+        return 1 - _overlap(sums, targets, weights, first, self.batch_dice)
 
 
 def build_loss(
@@ -175,7 +181,9 @@ def encode_targets(labels: Tensor, scheme: LabelScheme) -> Targets:
     ignored = None if scheme.ignore_label is None else labels == scheme.ignore_label
     valid = None if ignored is None else ~ignored
     if scheme.is_region_based:
-        return Targets([_is_in(labels, v) for v in scheme.regions.values()], valid)
+        masks = [_is_in(labels, values) for values in scheme.regions.values()]
+        kept = masks if valid is None else [mask & valid for mask in masks]
+        return Targets(kept, valid)
     # Background is what no other class claims; it need not be the smallest integer.
     values = scheme.class_values
     masks = [labels == value for value in values]
@@ -227,69 +235,104 @@ def _is_in(labels: Tensor, values: Sequence[int]) -> Tensor:
     return mask
 
 
-def _scores(logits: Tensor, regions: bool) -> list[_Scores]:
-    if regions:
-        return [
-            _Scores(x.sigmoid(), F.logsigmoid(x), F.logsigmoid(-x))
-            for x in logits.unbind(1)
-        ]
-    logs = F.log_softmax(logits, 1)
-    # unbind, not indexing: the backward of an index fills a whole tensor with zeros.
-    pairs = zip(logs.exp().unbind(1), logs.unbind(1), strict=True)
-    return [_Scores(probability, log, None) for probability, log in pairs]
+class _SumOverVoxels(torch.autograd.Function):
+    """Give `_Sums`, with a gradient in closed form.
+
+    Recording every step instead would keep several copies of the logits and pass
+    over each of them twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        regions: bool,
+        masks: list[Tensor],
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum; logits (B, outputs, D, H, W), masks and valid as in `Targets`."""
+        if regions:
+            probability = logits.sigmoid()
+            entropy = _kept(F.softplus(logits), valid).flatten(1).sum(1)
+            signed = logits
+        else:
+            signed = F.log_softmax(logits, 1)
+            probability = signed.exp()
+            entropy = logits.new_zeros(len(logits))
+        shared = torch.empty_like(logits[:, :, 0, 0, 0])
+        for k, mask in enumerate(masks):
+            # A product with numbers: on CPUs torch.where is several times slower.
+            weight = mask.to(logits.dtype)
+            shared[:, k] = (probability[:, k] * weight).flatten(1).sum(1)
+            entropy -= weight.mul_(signed[:, k]).flatten(1).sum(1)
+        mass = _kept(probability, valid).flatten(2).sum(2)
+        ctx.regions, ctx.masks, ctx.valid = regions, masks, valid
+        ctx.save_for_backward(probability)
+        return shared, mass, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Chain the gradients of the three sums to the logits."""
+        (probability,) = ctx.saved_tensors
+        shared, mass, entropy = (g[..., None, None, None] for g in grads)
+        out = torch.empty_like(probability)
+        for k, mask in enumerate(ctx.masks):
+            slope = mask.to(out.dtype).mul_(shared[:, k]).add_(mass[:, k])
+            torch.mul(slope, probability[:, k], out=out[:, k])
+        # d p_k / d x_j: p_k (1 - p_k) by output for regions, softmax's for classes.
+        common = None if ctx.regions else out.sum(1).sub_(entropy)
+        for k, mask in enumerate(ctx.masks):
+            p, grad = probability[:, k], out[:, k]
+            if common is None:
+                grad.addcmul_(grad, p, value=-1).addcmul_(p, entropy)
+            else:
+                grad.addcmul_(p, common, value=-1)
+            grad.sub_(mask.to(out.dtype).mul_(entropy))
+        return _kept(out, ctx.valid), None, None, None
+
+
+def _kept(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero (B, outputs, D, H, W) where nothing is annotated."""
+    return values if valid is None else values * valid[:, None].to(values.dtype)
 
 
 def _overlap(
-    scores: list[_Scores],
+    sums: _Sums,
     targets: Targets,
     weights: tuple[float, float],
+    first: int,
     whole_batch: bool,
 ) -> Tensor:
     """Average the Tversky index over outputs; weights of a half give Dice."""
-    axes = (0, 1, 2, 3) if whole_batch else (1, 2, 3)
-    values = []
-    for score, mask in zip(scores, targets.masks, strict=True):
-        probability = score.probability
-        if targets.valid is not None:
-            probability = probability * targets.valid
-            mask = mask & targets.valid
-        shared = (probability * mask).sum(axes)
-        false_positive = probability.sum(axes) - shared
-        false_negative = mask.sum(axes) - shared
-        missed = weights[0] * false_positive + weights[1] * false_negative
-        # Written for twice the index, so that SMOOTH means what it does in Dice.
-        values.append((2 * shared + SMOOTH) / (2 * (shared + missed) + SMOOTH))
-    return torch.stack(values).mean()
+    volume = torch.stack([mask.flatten(1).sum(1) for mask in targets.masks], 1)
+    shared, mass = sums.shared[:, first:], sums.mass[:, first:]
+    volume = volume[:, first:].to(mass.dtype)
+    if whole_batch:
+        shared, mass, volume = shared.sum(0), mass.sum(0), volume.sum(0)
+    missed = weights[0] * (mass - shared) + weights[1] * (volume - shared)
+    # Written for twice the index, so that SMOOTH means what it does in Dice.
+    return ((2 * shared + SMOOTH) / (2 * (shared + missed) + SMOOTH)).mean()
 
 
-def _voxel_mean(
-    scores: list[_Scores],
-    targets: Targets,
-    loss: Callable[[_Scores, Tensor], Tensor],
-) -> Tensor:
-    """Average over annotated voxels; over regions too, but summed over classes."""
-    total = scores[0].probability.new_zeros(())
-    for score, mask in zip(scores, targets.masks, strict=True):
-        values = loss(score, mask)
+def _count(targets: Targets) -> Tensor | int:
+    """Count the annotated voxels, at least one."""
+    if targets.valid is None:
+        return targets.masks[0].numel()
+    return targets.valid.sum().clamp(min=1)
+
+
+def _focal(logits: Tensor, targets: Targets, regions: bool) -> Tensor:
+    """Sum the focal loss over the annotated voxels (and regions)."""
+    logs = F.logsigmoid(logits) if regions else F.log_softmax(logits, 1)
+    others = F.logsigmoid(-logits) if regions else torch.zeros_like(logs)
+    total = logits.new_zeros(())
+    # unbind, not indexing: the backward of an index fills a whole tensor with zeros.
+    parts = zip(logs.unbind(1), others.unbind(1), targets.masks, strict=True)
+    for log, other, mask in parts:
+        true = torch.where(mask, log, other)  # a log of 0, a certain truth, costs 0
+        values = -true * (1 - true.exp()) ** FOCAL_POWER
         if targets.valid is not None:
             values = values * targets.valid
         total = total + values.sum()
-    count = targets.masks[0].numel()
-    voxels = count if targets.valid is None else targets.valid.sum().clamp(min=1)
-    outputs = 1 if scores[0].log_false is None else len(scores)
-    return total / (voxels * outputs)
-
-
-def _cross_entropy(score: _Scores, mask: Tensor) -> Tensor:
-    if score.log_false is None:
-        return -score.log_true * mask
-    return -torch.where(mask, score.log_true, score.log_false)
-
-
-def _focal(score: _Scores, mask: Tensor) -> Tensor:
-    missing = 1 - score.probability
-    positive = -score.log_true * missing**FOCAL_POWER
-    if score.log_false is None:
-        return positive * mask
-    negative = -score.log_false * score.probability**FOCAL_POWER
-    return torch.where(mask, positive, negative)
+    return total
