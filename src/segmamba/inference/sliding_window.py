@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from segmamba.devices import autocast, precision_for
 from segmamba.errors import ConfigError, GeometryError, SegMambaError, describe
 from segmamba.types import Size3
 
-Network = Callable[[torch.Tensor], torch.Tensor]
-"""(B, C, D, H, W) to logits (B, K, D, H, W)."""
+Network = Callable[[torch.Tensor], Any]
+"""(B, C, D, H, W) to logits (B, K, D, H, W), or to a list that starts with them."""
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, of how many, and what it is."""
@@ -237,7 +237,9 @@ class _Run:
 
     def _forward(self, network: Network, batch: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
-            logits = network(batch)
+            answer = network(batch)
+        # Deep supervision: the full resolution comes first.
+        logits = answer[0] if isinstance(answer, (list, tuple)) else answer
         if logits.ndim != 5 or logits.shape[2:] != batch.shape[2:]:
             raise GeometryError(
                 describe(
