@@ -161,7 +161,7 @@ class TrainConfig:
     clip_grad_norm: float | None = 12.0
     """Largest norm of the gradient; None for no clipping."""
     ema_decay: float | None = 0.999
-    """Decay of the moving average of the weights that predictions use; None for none."""
+    """Decay of the moving average of the weights that predict; None for none."""
     oversample_foreground: float = 0.33
     """Share of the patches that are sure to hold foreground."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -176,6 +176,22 @@ class TrainConfig:
     """Stop after so many validations without a better score; None never does."""
     workers: int = 1
     """Threads that prepare batches ahead."""
+
+
+PRESET_TRAINING: dict[str, dict[str, Any]] = {"segmamba-light": {}}
+"""Settings of TrainConfig that suit a preset better than the general defaults."""
+
+
+def training_defaults(preset: str) -> dict[str, Any]:
+    """Give the settings of TrainConfig that suit a network preset.
+
+    Args:
+        preset: Its name.
+
+    Returns:
+        Fields of TrainConfig; those left out keep their general default.
+    """
+    return dict(PRESET_TRAINING.get(preset, {}))
 
 
 def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> T:

@@ -27,9 +27,21 @@ def instance_norm(x: Tensor) -> Tensor:
     channels_last = torch.channels_last_3d
     if x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return F.group_norm(x, x.shape[1])
-    # Group norm is slow on channels-last; a batch norm of one case is the same thing.
-    cases = [F.batch_norm(case, None, None, training=True) for case in x.split(1)]
-    return cases[0] if len(cases) == 1 else torch.cat(cases)
+    return _channels_last_norm(x)
+
+
+def _channels_last_norm(x: Tensor) -> Tensor:
+    """Normalise each case as a batch of voxels, the fast way on channels-last.
+
+    Group norm's backward is up to ten times slower there. The voxels go in as rows,
+    for torch 2.13's backward of a batch norm over volumes is wrong where the stride of
+    a batch of one is unusual (tests/nn/test_blocks.py shows it).
+    """
+    batch, channels, *size = x.shape
+    rows = x.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels)
+    cases = [F.batch_norm(case, None, None, training=True) for case in rows.unbind()]
+    normed = cases[0].unsqueeze(0) if batch == 1 else torch.stack(cases)
+    return normed.view(batch, *size, channels).permute(0, 4, 1, 2, 3)
 
 
 class ResidualBlock(nn.Module):
