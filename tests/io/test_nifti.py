@@ -284,3 +284,17 @@ def test_header_reading_takes_no_voxels(shared_data: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert read_header(path).shape == (240, 240, 155)
+
+
+def test_any_damage_gives_our_errors_only(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    data, rng, path = good.read_bytes(), np.random.default_rng(0), tmp_path / "x"
+    for count in range(400):
+        damaged = bytearray(data)
+        for place in rng.integers(0, 348, 3):
+            damaged[place] = rng.choice([0, 1, 127, 128, 255])
+        path.write_bytes(gzip.compress(damaged) if count % 2 else damaged)
+        try:
+            assert read_volume(path).array.ndim == 4
+        except (FormatError, GeometryError) as error:
+            assert str(path) in str(error)  # noqa: PT017

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from isal import isal_zlib
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
@@ -21,11 +19,10 @@ from segmamba.io.formats import (
     TruncatedFileError,
 )
 from segmamba.io.geometry import checked_affine
+from segmamba.io.inflation import inflate, too_short
 from segmamba.types import Array, FloatArray, Size3
 
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
-_LARGEST_NIFTI1_SIDE = 32767
-_COUNTING_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,27 +188,25 @@ def read_nifti(path: Path, header: NiftiHeader) -> Array:
         raise FormatError(
             describe("can't read a scan", found=error.strerror, file=path)
         ) from error
-    check_size(path, header, data)
+    check_size(path, header)
     if data[:2] == GZIP_MAGIC:
-        data = _inflate(path, data, header.num_bytes)
+        data = inflate(path, data, header.num_bytes)
     count = math.prod(header.shape) * header.channels
     flat = np.frombuffer(data, header.dtype, count, header.offset)
     return flat.reshape((header.channels, *header.shape[::-1])).transpose(0, 3, 2, 1)
 
 
-def check_size(path: Path, header: NiftiHeader, data: bytes | None = None) -> None:
+def check_size(path: Path, header: NiftiHeader) -> None:
     """Refuse a file that can't hold what its header claims, before memory is taken.
 
     Args:
         path: The file.
         header: Its header.
-        data: The whole file if it is in memory, for an exact answer; None to go by the
-            size on disk, which for gzip is only a bound.
 
     Raises:
         TruncatedFileError: It is too small.
     """
-    size = path.stat().st_size if data is None else len(data)
+    size = path.stat().st_size
     with path.open("rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
     if not compressed:
@@ -220,84 +215,3 @@ def check_size(path: Path, header: NiftiHeader, data: bytes | None = None) -> No
         return
     if size * MAX_INFLATION < header.num_bytes:
         raise too_short(path, header.num_bytes, f"{size} compressed bytes")
-    if data is not None and int.from_bytes(data[-4:], "little") < header.num_bytes:
-        # The trailer's size is wrong for several gzip members or beyond 4 GiB: count.
-        found = _count_inflated(path, data, header.num_bytes)
-        if found < header.num_bytes:
-            raise too_short(path, header.num_bytes, found)
-
-
-def too_short(path: Path, expected: int, found: object) -> TruncatedFileError:
-    """Compose the error for a file that ends early.
-
-    Args:
-        path: The file.
-        expected: Bytes that the header promises.
-        found: Bytes that are there, or a phrase.
-
-    Returns:
-        The error, to be raised.
-    """
-    text = f"{found} bytes" if isinstance(found, int) else str(found)
-    return TruncatedFileError(
-        describe(
-            "a scan is truncated",
-            expected=f"{expected} bytes by its header",
-            found=text,
-            file=path,
-            remedy="Copy or download the file again.",
-        )
-    )
-
-
-def _count_inflated(path: Path, data: bytes, enough: int) -> int:
-    """Count the bytes of a gzip file without keeping them, up to `enough`."""
-    total, rest = 0, data
-    while rest[:2] == GZIP_MAGIC and total < enough:
-        stream = isal_zlib.decompressobj(wbits=31)
-        chunk = _decompress(path, stream, rest, _COUNTING_CHUNK)
-        while chunk:
-            total += len(chunk)
-            chunk = _decompress(path, stream, stream.unconsumed_tail, _COUNTING_CHUNK)
-        rest = stream.unused_data if stream.eof else b""
-    return total
-
-
-def _inflate(path: Path, data: bytes, num_bytes: int) -> bytes:
-    """Decompress all members of a gzip file, at most `num_bytes` of them."""
-    parts: list[bytes] = []
-    missing, rest = num_bytes, data
-    while missing > 0 and rest[:2] == GZIP_MAGIC:
-        stream = isal_zlib.decompressobj(wbits=31)
-        part = _decompress(path, stream, rest, missing)
-        _reach_checksum(path, stream, num_bytes)
-        parts.append(part)
-        missing -= len(part)
-        rest = stream.unused_data if stream.eof else b""
-    if missing > 0:
-        raise too_short(path, num_bytes, num_bytes - missing)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _reach_checksum(path: Path, stream: Any, most: int) -> None:
-    """Go on to the end of a member, which tests its checksum; give up after `most`."""
-    beyond = 0
-    while not stream.eof and beyond <= most:
-        chunk = _decompress(path, stream, stream.unconsumed_tail, _COUNTING_CHUNK)
-        beyond += len(chunk)
-        if not chunk:
-            return
-
-
-def _decompress(path: Path, stream: Any, data: bytes, most: int) -> bytes:
-    try:
-        return stream.decompress(data, most)
-    except (isal_zlib.error, zlib.error, EOFError, MemoryError) as error:
-        raise TruncatedFileError(
-            describe(
-                "a gzip stream is broken",
-                found=str(error),
-                file=path,
-                remedy="Copy or download the file again.",
-            )
-        ) from error

@@ -14,8 +14,9 @@ from segmamba.atomic import atomic_path
 from segmamba.errors import FormatError, GeometryError, describe
 from segmamba.io.formats import detect_format, read_head, scan_suffix
 from segmamba.io.geometry import checked_affine
-from segmamba.io.itk import write_itk
+from segmamba.io.metaimage import write_metaimage
 from segmamba.io.nifti import NiftiHeader, parse_nifti_header
+from segmamba.io.nrrd import write_nrrd
 from segmamba.io.volume import Volume
 from segmamba.types import Array, FloatArray
 
@@ -132,8 +133,10 @@ def _write(path: Path, array: Array, affine: FloatArray, like: Path | None) -> N
     affine = checked_affine(affine, path)
     try:
         with atomic_path(path) as temporary:
-            if suffix in (".nrrd", ".mha"):
-                write_itk(temporary, array, affine)
+            if suffix == ".nrrd":
+                write_nrrd(temporary, array, affine)
+            elif suffix == ".mha":
+                write_metaimage(temporary, array, affine)
             else:
                 data = _nifti_bytes(array, affine, _like_header(like))
                 if suffix == ".nii.gz":

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from segmamba.errors import FormatError, GeometryError, describe
-from segmamba.io.formats import Format, detect_format, read_head
+from segmamba.io.formats import detect_format, read_head
 from segmamba.io.geometry import describe_grid_difference
-from segmamba.io.itk import ItkHeader, read_itk, read_itk_header
+from segmamba.io.metaimage import read_metaimage_header
 from segmamba.io.nifti import NiftiHeader, check_size, parse_nifti_header, read_nifti
+from segmamba.io.nrrd import read_nrrd_header
+from segmamba.io.texthead import TextHeader, read_text_voxels
 from segmamba.io.volume import Volume
 from segmamba.types import Array, FloatArray, Size3, Spacing3
 
@@ -55,7 +57,7 @@ def read_header(path: Path | str) -> VolumeHeader:
         GeometryError: The affine is not finite or singular.
     """
     path = Path(path)
-    _, header = _open(path)
+    header = _open(path)
     if isinstance(header, NiftiHeader):
         check_size(path, header)
         dtype = np.dtype(np.float64) if header.is_scaled else header.dtype
@@ -90,7 +92,7 @@ def read_volume(path: Path | str, *, dtype: npt.DTypeLike | None = None) -> Volu
     """
     path = Path(path)
     wanted = None if dtype is None else np.dtype(dtype)
-    kind, header = _open(path)
+    header = _open(path)
     if isinstance(header, NiftiHeader):
         stored = read_nifti(path, header)
         if header.is_scaled:
@@ -98,7 +100,7 @@ def read_volume(path: Path | str, *, dtype: npt.DTypeLike | None = None) -> Volu
         else:
             array = _convert(stored, wanted, path)
     else:
-        array = _convert(read_itk(path, kind), wanted, path)
+        array = _convert(read_text_voxels(path, header), wanted, path)
     return Volume(array=array, affine=header.affine, path=path)
 
 
@@ -166,12 +168,12 @@ def check_same_grid(headers: Sequence[VolumeHeader]) -> None:
             )
 
 
-def _open(path: Path) -> tuple[Format, NiftiHeader | ItkHeader]:
+def _open(path: Path) -> NiftiHeader | TextHeader:
     head = read_head(path)
     kind = detect_format(path, head)
     if kind == "nifti":
-        return kind, parse_nifti_header(path, head)
-    return kind, read_itk_header(path, kind, head)
+        return parse_nifti_header(path, head)
+    return read_nrrd_header(path) if kind == "nrrd" else read_metaimage_header(path)
 
 
 def _scale(
