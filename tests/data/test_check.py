@@ -69,6 +69,7 @@ def test_sound_data_have_no_problems(root: Path) -> None:
     report = check_dataset(root, progress=lambda *call: calls.append(call))
     assert report.problems == ()
     assert report.ok
+    assert report.conclusion() == "4 labelled cases: no errors, no notes."
     assert (report.num_cases, report.layout) == (4, "msd")
     assert [call[:2] for call in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert sorted(call[2] for call in calls) == list("abcd")
@@ -282,10 +283,11 @@ def test_report_as_rows_and_json(root: Path) -> None:
     (root / "imagesTr/d.nii.gz").unlink()
     label(root / "labelsTr/a.nii.gz", values=())
     report = check_dataset(root)
-    files = [row[1] for row in report.rows()]
+    files = [row[2] for row in report.rows()]
     assert files == sorted(files)
-    row = ("error", "imagesTr/d.nii.gz", "d", "missing-channel", "no such file")
+    row = ("error", "d", "imagesTr/d.nii.gz", "missing-channel: no such file")
     assert row in report.rows()
+    assert report.conclusion() == "4 labelled cases: 2 errors, 2 notes."
     data = json.loads(json.dumps(report.to_dict()))
     assert data["ok"] is False
     assert (data["num_errors"], data["num_notes"]) == (2, 2)

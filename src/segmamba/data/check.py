@@ -63,12 +63,20 @@ class CheckReport:
         """Whether there is no error; notes don't count."""
         return not self.errors
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Give the table: severity, file, case, kind and message of each problem."""
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Give the table: severity, case, file and problem, sorted by file."""
         return [
-            (item.severity, item.file, item.case, item.kind, item.message)
+            (item.severity, item.case, item.file, f"{item.kind}: {item.message}")
             for item in self.problems
         ]
+
+    def conclusion(self) -> str:
+        """Sum up in one sentence."""
+        cases = _count(self.num_cases, "labelled case")
+        if self.num_unlabelled:
+            cases += f" and {self.num_unlabelled} without a label map"
+        errors, notes = len(self.errors), len(self.notes)
+        return f"{cases}: {_count(errors, 'error')}, {_count(notes, 'note')}."
 
     def to_dict(self) -> JsonDict:
         """Give all of it as plain values for JSON."""
@@ -136,6 +144,10 @@ def check_dataset(
         layout=dataset.layout,
         channels=dataset.channels,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_cases(
