@@ -175,6 +175,9 @@ def test_arrays_with_and_without_an_affine(caplog):
         np.testing.assert_array_equal(given.affine, affine)
     with pytest.raises(GeometryError, match="scan shape"):
         predictor(array[0])
+    for odd in (nib.Nifti1Image(array, affine), array.astype(complex), 3):
+        with pytest.raises(ConfigError, match="not a scan"):
+            predictor(odd)
     with pytest.raises(ConfigError, match="affine is for voxels"):
         predictor(Volume(array[None], affine), affine=affine)
 

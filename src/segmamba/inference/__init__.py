@@ -8,7 +8,8 @@ from segmamba.inference.cases import (
     predict_cases,
 )
 from segmamba.inference.load import load_model, trained_folds
-from segmamba.inference.predictor import Prediction, Predictor
+from segmamba.inference.prediction import Prediction
+from segmamba.inference.predictor import Predictor
 from segmamba.inference.sliding_window import memory_bound_mib, sliding_window_logits
 
 __all__ = [

@@ -6,9 +6,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,9 +25,10 @@ from segmamba.errors import (
     GeometryError,
     describe,
 )
+from segmamba.inference.prediction import Prediction
 from segmamba.inference.sliding_window import Progress, sliding_window_logits
-from segmamba.io import Volume, read_case, write_label_map, write_volume
-from segmamba.types import Array, FloatArray, JsonDict, Spacing3
+from segmamba.io import Volume, read_case
+from segmamba.types import Array, FloatArray, JsonDict
 
 Scan: TypeAlias = "Volume | str | Path | Sequence[str | Path] | Array | torch.Tensor"
 """A volume; a file; one file per channel; or voxels (C, I, J, K) or (I, J, K)."""
@@ -37,65 +37,6 @@ GPU_SHARE = 0.5
 """Share of a GPU's free memory that the sums of the logits may take."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A label map on the grid of the scan it was made from."""
-
-    label_map: Array
-    """(I, J, K), the data set's integers, in the scan's own axis order."""
-    affine: FloatArray
-    """(4, 4), the scan's: voxel index to RAS+ mm."""
-    probabilities: Array | None = None
-    """float16 (K, I, J, K), one for each of `names`, if asked for."""
-    names: tuple[str, ...] = ()
-    """The network's outputs: regions, or classes with the background first."""
-    source: Path | None = None
-    """The scan's (first) file."""
-
-    @property
-    def spacing_mm(self) -> Spacing3:
-        """Distance between neighbouring voxels along I, J, K in mm."""
-        lengths = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return cast(Spacing3, tuple(float(n) for n in lengths))
-
-    def save(self, path: str | Path) -> Path:
-        """Write the label map atomically, in the format that the path's ending names.
-
-        Args:
-            path: Such as case.nii.gz; the folder is made if it is missing.
-
-        Returns:
-            The path.
-        """
-        path = Path(path)
-        write_label_map(path, self.label_map, self.affine, like=self.source)
-        return path
-
-    def save_probabilities(self, path: str | Path) -> Path:
-        """Write the probabilities atomically as one 4D file, outputs last.
-
-        Args:
-            path: Such as case_probabilities.nii.gz.
-
-        Returns:
-            The path.
-
-        Raises:
-            ConfigError: The prediction was made without probabilities.
-        """
-        if self.probabilities is None:
-            raise ConfigError(
-                describe(
-                    "there are no probabilities to save",
-                    remedy="Predict with probabilities=True.",
-                )
-            )
-        path = Path(path)
-        # No format of ours has 16-bit floats.
-        write_volume(path, Volume(self.probabilities.astype(np.float32), self.affine))
-        return path
 
 
 class Predictor:
@@ -232,7 +173,7 @@ class Predictor:
     __call__ = predict
 
     def _open(self, scan: Scan, affine: FloatArray | None) -> Volume:
-        if isinstance(scan, (np.ndarray, torch.Tensor)):
+        if not isinstance(scan, (Volume, str, Path, Sequence)):
             volume = _volume_of_voxels(scan, affine)
         elif affine is not None:
             raise ConfigError(
@@ -381,7 +322,18 @@ def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:
 def _volume_of_voxels(
     voxels: Array | torch.Tensor, affine: FloatArray | None
 ) -> Volume:
-    array = voxels if isinstance(voxels, np.ndarray) else voxels.detach().cpu().numpy()
+    array: Any = voxels
+    if isinstance(voxels, torch.Tensor):
+        tensor = voxels.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ConfigError(
+            describe(
+                "not a scan",
+                expected="a path, paths, a Volume, or an array of real numbers",
+                found=getattr(array, "dtype", type(array).__name__),
+            )
+        )
     if array.ndim not in (3, 4):
         raise GeometryError(
             describe(

@@ -1,0 +1,67 @@
+"""Names of devices and precisions, and what is not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segmamba.devices import (
+    autocast,
+    available_devices,
+    precision_for,
+    resolve_device,
+)
+from segmamba.errors import BackendUnavailableError, ConfigError
+
+CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def test_cpu_is_always_there():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device(CPU) == CPU
+    assert available_devices()["cpu"].startswith("available")
+    assert set(available_devices()) == {"cpu", "cuda", "mps"}
+
+
+@NO_GPU
+def test_auto_without_a_gpu_is_the_cpu():
+    assert resolve_device() == CPU
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
+def test_a_missing_gpu_says_what_was_found(name):
+    with pytest.raises(BackendUnavailableError, match=f"'{name}' is not there: found"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "meta", "xpu", "cuda:x"])
+def test_unknown_names_are_config_errors(name):
+    with pytest.raises(ConfigError, match="expected auto, cpu, cuda"):
+        resolve_device(name)
+
+
+def test_precisions():
+    assert precision_for(CPU, "fp32") == "fp32"
+    assert precision_for(CPU) in ("fp32", "bf16")
+    assert precision_for(torch.device("mps")) == "fp32"
+    with pytest.raises(ConfigError, match="fp64"):
+        precision_for(CPU, "fp64")
+
+
+def test_auto_follows_the_cpus_units(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert precision_for(CPU) == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert precision_for(CPU) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_autocast_computes_so(precision, dtype):
+    layer = torch.nn.Linear(3, 2)
+    with autocast(CPU, precision):
+        assert layer(torch.ones(1, 3)).dtype == dtype
