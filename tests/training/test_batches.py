@@ -58,3 +58,9 @@ def test_threads_give_the_very_bits_of_a_single_call(make_batch):
 
 def test_steps_differ(make_batch):
     assert not torch.equal(make_batch(0).image, make_batch(1).image)
+
+
+def test_messages_can_name_the_cases(make_batch):
+    names = [make_batch(step).case_ids for step in range(8)]
+    assert {len(item) for item in names} == {2}
+    assert {name for item in names for name in item} == {"1", "2"}

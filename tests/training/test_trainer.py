@@ -198,7 +198,7 @@ def poisoned(tiny, bad_step, value=float("nan")):
         batch = tiny.make_batch(step)
         if step == bad_step:
             batch.image[1, 0, 3, 3, 3] = value
-        return batch
+        return dataclasses.replace(batch, case_ids=("a", f"case_{step}"))
 
     return make_batch
 
@@ -209,7 +209,8 @@ def test_a_bad_voxel_stops_and_is_named(tiny, tmp_path, precision):
         tmp_path, changed(tiny, precision=precision), make_batch=poisoned(tiny, 7)
     )
     message = (
-        r"not-a-number.*loss of nan at step 7.*not finite in sample 1 channel 0 "
+        r"not-a-number.*loss of nan at step 7; cases a, case_7; "
+        r"the image is not finite in sample 1 channel 0 "
         r"\(1 voxels\).*first bad gradient is that of first\.weight.*"
         rf"precision {precision}.*segmamba check"
     )
@@ -334,3 +335,28 @@ def test_senseless_settings_are_named(tiny, tmp_path, name, value):
 def test_a_missing_gpu_is_a_clear_error(tiny, tmp_path):
     with pytest.raises(BackendUnavailableError, match="--device cpu"):
         tiny.make_trainer(tmp_path, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16", "fp32"])
+def test_it_learns_on_a_gpu_and_goes_on_there(tiny, tmp_path, precision):
+    def score(network):
+        batch = tiny.make_batch(10_000)
+        with torch.no_grad():
+            found = network(batch.image.cuda()).argmax(1).bool().cpu()
+        truth = batch.label.bool()
+        return {"dice": float(2 * (found & truth).sum() / (found.sum() + truth.sum()))}
+
+    config = changed(
+        tiny,
+        precision=precision,
+        learning_rate=0.3,
+        max_epochs=1,
+        iterations_per_epoch=60,
+    )
+    tiny.make_trainer(tmp_path, config, device="cuda", validate=score).fit()
+    longer = dataclasses.replace(config, max_epochs=2)
+    run = tiny.make_trainer(tmp_path, longer, device="cuda", validate=score)
+    result = run.fit(resume=True)
+    assert result.best_score is not None
+    assert result.best_score > 0.9

@@ -58,16 +58,19 @@ class Batch:
     """(B, D, H, W) int16, the data set's own integers."""
     spatial: SpatialDraw | None = None
     """Rotations and zooms that were drawn while reading, still to be applied."""
+    case_ids: tuple[str, ...] = ()
+    """The case of each sample, for messages; may be empty."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy the tensors to a device."""
         image = self.image.to(device, non_blocking=non_blocking)
         label = self.label.to(device, non_blocking=non_blocking)
-        return Batch(image, label, self.spatial)
+        return Batch(image, label, self.spatial, self.case_ids)
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory, for faster copies to a GPU."""
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.spatial)
+        image, label = self.image.pin_memory(), self.label.pin_memory()
+        return Batch(image, label, self.spatial, self.case_ids)
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def apply(batch: Batch, patch_size: Size3, drawn: AugmentationDraw) -> Batch:
         if axes:
             image[index] = image[index].flip([axis + 1 for axis in axes])
             label[index] = label[index].flip(axes)
-    return Batch(image, label)
+    return Batch(image, label, case_ids=batch.case_ids)
 
 
 def apply_spatial(

@@ -113,9 +113,10 @@ class PatchSampler:
         random = generator(self.seed, step)
         forced = self._forced(random)
         spatial = self._draw_spatial(step)
-        regions, centers = [], []
+        regions, centers, names = [], [], []
         for index in range(self.batch_size):
-            case = self._load(self.case_ids[random.integers(len(self.case_ids))])
+            names.append(self.case_ids[random.integers(len(self.case_ids))])
+            case = self._load(names[-1])
             start = self._choose_start(case, bool(forced[index]), random)
             lower, upper = self._region(case, start, spatial, index)
             regions.append((case, lower, upper))
@@ -123,7 +124,7 @@ class PatchSampler:
         image, label = _read(regions)
         if spatial is not None:
             spatial = SpatialDraw(spatial.matrices, spatial.active, np.stack(centers))
-        return Batch(image, label, spatial)
+        return Batch(image, label, spatial, tuple(names))
 
     def _forced(self, random: np.random.Generator) -> Array:
         share, size = self.oversample_foreground, self.batch_size
