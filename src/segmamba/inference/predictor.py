@@ -319,10 +319,8 @@ def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(mirror)))
 
 
-def _volume_of_voxels(
-    voxels: Array | torch.Tensor, affine: FloatArray | None
-) -> Volume:
-    array: Any = voxels
+def _volume_of_voxels(voxels: Any, affine: FloatArray | None) -> Volume:
+    array = voxels
     if isinstance(voxels, torch.Tensor):
         tensor = voxels.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
