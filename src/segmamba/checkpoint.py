@@ -207,7 +207,7 @@ def load_model_file(path: Path | str) -> ModelFile:
 
 def versions() -> dict[str, str]:
     """Name the versions of Python, torch, numpy and segmamba."""
-    from segmamba import __version__
+    from segmamba._version import __version__
 
     return {
         "segmamba": __version__,

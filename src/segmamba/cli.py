@@ -1,0 +1,394 @@
+"""The command line: one dataclass a command, each a few lines onto the library."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+import segmamba
+from segmamba.console import (
+    ProgressDisplay,
+    format_duration,
+    print_table,
+    say,
+    say_error,
+)
+from segmamba.errors import ConfigError, SegMambaError, describe
+
+if TYPE_CHECKING:
+    from segmamba.types import JsonDict
+
+Output = Annotated[Path, arg(aliases=["-o"])]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Find every problem of a data set, by file; exit code 1 if there is any."""
+
+    data: Positional[Path]
+    """Folder of a data set (Decathlon, nnU-Net raw, BraTS), or a CSV file."""
+    json: Path | None = None
+    """Also write everything found to this JSON file."""
+    workers: int | None = None
+    """Cases read at once; default: the number of cores."""
+
+    def run(self) -> int:
+        """Check and print one table."""
+        from segmamba import atomic, workflow
+
+        with ProgressDisplay() as progress:
+            report = workflow.check(self.data, workers=self.workers, progress=progress)
+        if self.json is not None:
+            atomic.write_json(self.json, report.to_dict())
+        rows = report.rows()
+        if rows:
+            print_table("Problems", ("severity", "case", "file", "problem"), rows)
+        say(report.conclusion())
+        return 0 if report.ok else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Write fingerprint.json and plan.json, readable and editable."""
+
+    data: Positional[Path]
+    """Folder of a data set, or a CSV file."""
+    output: Output
+    """Run folder."""
+    preset: str | None = None
+    """Network; default: segmamba-light on a CPU, segmamba on a GPU."""
+    device: str = "auto"
+    """Device to plan for: auto, cpu, cuda."""
+    memory_mib: float | None = None
+    """Device memory to plan for; default: what the device has."""
+    config: Path | None = None
+    """YAML file of settings that replace the planned ones."""
+
+    def run(self) -> int:
+        """Plan and print the decisions."""
+        from segmamba import workflow
+
+        with ProgressDisplay() as progress:
+            plan = workflow.plan(
+                self.data,
+                self.output,
+                preset=self.preset,
+                device=self.device,
+                memory_mib=self.memory_mib,
+                config=self.config,
+                progress=progress,
+            )
+        print_table("Plan", ("what", "value"), workflow.describe_plan(plan))
+        say(f"Written to {self.output / 'plan.json'}; edit it as you like.")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network; does whatever comes before it and is missing."""
+
+    data: Positional[Path]
+    """Folder of a data set, or a CSV file."""
+    output: Output
+    """Run folder."""
+    preset: str | None = None
+    """Network; default: segmamba-light on a CPU, segmamba on a GPU."""
+    fold: str = "0"
+    """Fold of the splits to hold out, or all to train on every case."""
+    max_time: str | None = None
+    """Time to train, such as 10m or 1h30m; the schedule follows the clock."""
+    max_epochs: int | None = None
+    """Epochs to train; default 1000 if no time is given."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    resume: FlagCreatePairsOff[bool] = False
+    """Go on from the last saved state."""
+    config: Path | None = None
+    """YAML file of settings (sections preset, network, plan, train)."""
+    splits: Path | None = None
+    """JSON file of splits of one's own: a list of {"train": [...], "val": [...]}."""
+    split: Literal["5-fold", "70-10-20"] = "5-fold"
+    """Five folds, or the paper's single split."""
+    seed: int | None = None
+    """Seed of weights, patches and augmentation."""
+
+    def run(self) -> int:
+        """Train, then validate on whole volumes."""
+        from segmamba import workflow
+
+        with ProgressDisplay() as progress:
+            result = workflow.train(
+                self.data,
+                self.output,
+                preset=self.preset,
+                fold=self.fold,
+                max_time_s=parse_duration(self.max_time),
+                max_epochs=self.max_epochs,
+                device=self.device,
+                resume=self.resume,
+                config=self.config,
+                splits_file=self.splits,
+                split=self.split,
+                seed=self.seed,
+                progress=progress,
+                say=say,
+            )
+        if result.metrics is not None:
+            print_summary(result.metrics)
+        say(f"Trained in {format_duration(result.seconds)}; all of it is in:")
+        say(f"  {result.folder}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Segment scans with a trained run."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder, as written by train."""
+    input: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT")]
+    """A scan, the channels of one in order, a folder of scans, or a data set."""
+    output: Output
+    """Folder to write to; or a file, for a single scan."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    mirror: bool = True
+    """Average over mirrorings: better, 8 times slower."""
+    overlap: float = 0.5
+    """Overlap of neighbouring windows, 0 to under 1."""
+    probabilities: FlagCreatePairsOff[bool] = False
+    """Also write probabilities."""
+    folds: tuple[str, ...] | None = None
+    """Folds to average; default: all that are trained."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Predict finished cases again."""
+
+    def run(self) -> int:
+        """Predict; exit code 1 if any case failed."""
+        from segmamba import workflow
+
+        with ProgressDisplay() as progress:
+            summary = workflow.predict(
+                self.run_folder,
+                self.input,
+                self.output,
+                device=self.device,
+                mirror=self.mirror,
+                overlap=self.overlap,
+                probabilities=self.probabilities,
+                folds=self.folds,
+                overwrite=self.overwrite,
+                progress=progress,
+            )
+        for case, problem in summary.failed.items():
+            say_error(f"{case}: {problem}")
+        say(
+            f"{len(summary.done)} predicted, {len(summary.skipped)} already there, "
+            f"{len(summary.failed)} failed; in {self.output}"
+        )
+        return 1 if summary.failed else 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score label maps against references."""
+
+    predictions: Positional[Path]
+    """Folder of predicted label maps."""
+    references: Positional[Path]
+    """Folder of reference label maps, or a data set."""
+    output: Output
+    """JSON file to write."""
+    labels: Path | None = None
+    """dataset.json that names labels and regions."""
+    tolerance_mm: float = 1.0
+    """Tolerance of the surface Dice."""
+    figure: Path | None = None
+    """Also draw the worst cases to this PNG file."""
+
+    def run(self) -> int:
+        """Evaluate, write the JSON and print the summary."""
+        from segmamba import workflow
+
+        with ProgressDisplay() as progress:
+            metrics = workflow.evaluate(
+                self.predictions,
+                self.references,
+                self.output,
+                labels=self.labels,
+                tolerance_mm=self.tolerance_mm,
+                figure=self.figure,
+                progress=progress,
+            )
+        print_summary(metrics)
+        say(f"Written to {self.output}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what is installed and usable here; or what a run is."""
+
+    run_folder: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
+    """Run folder."""
+
+    def run(self) -> int:
+        """Print versions, devices and back ends, or the run's parts."""
+        from segmamba import workflow
+
+        for title, rows in workflow.info(self.run_folder).items():
+            print_table(title, ("what", "value"), rows)
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Do the whole job on simulated brain tumours, or on data of one's own."""
+
+    output: Output
+    """Folder to write to."""
+    data: Path | None = None
+    """A data set of one's own instead of the simulated one."""
+    max_time: str = "3m"
+    """Time to train."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def run(self) -> int:
+        """Run all steps and say where everything is."""
+        from segmamba.demo import run_demo
+
+        with ProgressDisplay() as progress:
+            result = run_demo(
+                self.output,
+                data=self.data,
+                max_time_s=parse_duration(self.max_time),
+                device=self.device,
+                progress=progress,
+                say=say,
+            )
+        print_table(*result.table)
+        for line in result.lines:
+            say(line)
+        return 0
+
+
+COMMANDS = {
+    "check": Check,
+    "plan": Plan,
+    "train": Train,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "info": Info,
+    "demo": Demo,
+}
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Read a time such as 90s, 10m or 1h30m; a bare number means seconds.
+
+    Args:
+        text: The time, or None.
+
+    Returns:
+        Seconds, or None.
+
+    Raises:
+        ConfigError: It isn't such a time, or is zero.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(
+        r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?",
+        text.strip(),
+    )
+    hours, minutes, seconds = match.groups(default="0") if match else ("0",) * 3
+    total = float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    if total <= 0:
+        raise ConfigError(
+            describe("bad time", expected="such as 90s, 10m or 1h30m", found=text)
+        )
+    return total
+
+
+def print_summary(metrics: JsonDict) -> None:
+    """Print mean and 95 % interval of Dice and HD95 for each label."""
+    rows = []
+    for label, row in metrics["summary"].items():
+        cells = [_mean_and_interval(row[name]) for name in ("dice", "hd95_mm")]
+        rows.append((label, *cells, str(row["dice"]["n"])))
+    header = ("label", "Dice (95 % interval)", "HD95 mm (95 % interval)", "cases")
+    print_table("Scores on whole volumes", header, rows)
+
+
+def _mean_and_interval(row: JsonDict) -> str:
+    if row["mean"] is None:
+        return "-"
+    low, high = row["ci95"]
+    return f"{row['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; default: the process's.
+
+    Returns:
+        The exit code: 0 if all went well, 1 for an error, 130 when interrupted.
+    """
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="segmamba",
+        description=segmamba.__doc__,
+        args=None if arguments is None else list(arguments),
+    )
+    try:
+        return command.run()
+    except SegMambaError as error:
+        say_error(str(error))
+    except KeyboardInterrupt:
+        say_error("interrupted; what was finished is kept.")
+        return 130
+    except OSError as error:
+        say_error(_describe_os_error(error))
+    except Exception:
+        say_error(_keep_log(traceback.format_exc()))
+    return 1
+
+
+def _describe_os_error(error: OSError) -> str:
+    remedy = {
+        errno.ENOSPC: "Free some space or choose another folder; nothing was lost.",
+        errno.EACCES: "Choose a folder that you may write to.",
+        errno.EROFS: "Choose a folder that you may write to.",
+    }.get(error.errno or 0)
+    return describe(
+        "the system refused a file operation",
+        found=error.strerror or str(error),
+        file=error.filename,
+        remedy=remedy,
+    )
+
+
+def _keep_log(trace: str) -> str:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="segmamba-error-", suffix=".log", delete=False, encoding="utf-8"
+    ) as log:
+        log.write(f"segmamba {segmamba.__version__}\n{sys.argv}\n{trace}")
+    last = trace.strip().splitlines()[-1]
+    return f"unforeseen: {last}. Please report it with the log {log.name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

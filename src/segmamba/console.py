@@ -1,0 +1,115 @@
+"""What the command line shows: progress, tables, errors. Part of the cli room."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+QUIET_INTERVAL_S = 15.0
+"""Seconds between progress lines where the output isn't a terminal."""
+
+PLAIN_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=PLAIN_WIDTH)
+error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class ProgressDisplay:
+    """A progress callback: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+        self._live = console.is_terminal
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
+        """Show that `done` of `total` steps of the job named `what` are over."""
+        if self._live:
+            self._show_bar(done, total, what, note)
+        else:
+            self._show_line(done, total, what, note)
+
+    def _show_bar(self, done: int, total: int, what: str, note: str) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+
+    def _show_line(self, done: int, total: int, what: str, note: str) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._last_line > QUIET_INTERVAL_S:
+            self._last_line = now
+            console.print(f"{what}: {done}/{total} {note}".rstrip(), markup=False)
+            sys.stdout.flush()
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Print rows of text under a header; long cells are wrapped, never cut."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(str(cell)) for cell in row])
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def say_error(text: str) -> None:
+    """Print an error to the error stream as it is."""
+    error_console.print(f"error: {text}", markup=False, style="bold red")
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds as 45s, 12m30s or 3h05m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,0 +1,21 @@
+"""The job step by step: each command of the command line as a function."""
+
+from segmamba.workflow.folder import Progress, RunFolder, RunSettings, staged
+from segmamba.workflow.information import describe_plan, info
+from segmamba.workflow.steps import check, evaluate, plan, predict
+from segmamba.workflow.train import TrainingOutcome, train
+
+__all__ = [
+    "Progress",
+    "RunFolder",
+    "RunSettings",
+    "TrainingOutcome",
+    "check",
+    "describe_plan",
+    "evaluate",
+    "info",
+    "plan",
+    "predict",
+    "staged",
+    "train",
+]

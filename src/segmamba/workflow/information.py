@@ -1,0 +1,136 @@
+"""What is installed and usable here, and what a run is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from segmamba import atomic
+from segmamba.checkpoint import load_model_file
+from segmamba.config import to_dict
+from segmamba.data.dataset import dataset_from_dict
+from segmamba.data.plan import Plan
+from segmamba.devices import available_devices, precision_for, resolve_device
+from segmamba.errors import ConfigError, describe
+from segmamba.inference.load import trained_folds
+from segmamba.ops import available_backends
+from segmamba.workflow.folder import RunFolder
+from segmamba.workflow.steps import load_run_plan
+
+Rows = list[tuple[str, str]]
+
+PACKAGES = ("segmamba", "torch", "numpy", "scipy", "numba", "nibabel", "SimpleITK")
+
+
+def info(run: Path | str | None = None) -> dict[str, Rows]:
+    """Say what is installed and usable here; or what a run is.
+
+    Args:
+        run: A run folder, or None.
+
+    Returns:
+        Tables by title, each a list of (what, value).
+
+    Raises:
+        ConfigError: There is no run in that folder.
+    """
+    return _installation() if run is None else _run(RunFolder(Path(run)))
+
+
+def _installation() -> dict[str, Rows]:
+    device = resolve_device("auto")
+    system: Rows = [("Python", platform.python_version())]
+    system += [(name, _version(name)) for name in PACKAGES]
+    system.append(("system", platform.platform()))
+    devices = list(available_devices().items())
+    devices.append(("auto takes", f"{device}, {precision_for(device)}"))
+    return {
+        "Versions": system,
+        "Devices": devices,
+        "Back ends of the scan": list(available_backends().items()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _run(run: RunFolder) -> dict[str, Rows]:
+    if not run.dataset.exists():
+        raise ConfigError(
+            describe(
+                "this is no run",
+                expected="a folder with dataset.json, as 'segmamba train' writes it",
+                file=run.root,
+            )
+        )
+    dataset = dataset_from_dict(atomic.read_json(run.dataset))
+    data: Rows = [
+        ("name", dataset.name),
+        ("folder", str(dataset.root)),
+        ("layout", dataset.layout),
+        ("cases", str(len(dataset.cases))),
+        ("channels", ", ".join(dataset.channels)),
+        ("outputs", ", ".join(dataset.labels.evaluated)),
+    ]
+    tables = {"Data set": data, "Plan": describe_plan(load_run_plan(run))}
+    tables["Folds"] = [
+        (fold.name, _describe_fold(run, fold.name, fold.path))
+        for fold in trained_folds(run.root)
+    ] or [("none", "nothing is trained yet")]
+    return tables
+
+
+def describe_plan(plan: Plan) -> Rows:
+    """Give a plan's decisions as rows of text.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        (what, value), the network's included.
+    """
+    rows: Rows = []
+    for key, value in to_dict(plan).items():
+        if key == "network":
+            rows += [
+                (f"network.{name}", _plain(item))
+                for name, item in value.items()
+                if item is not None
+            ]
+        elif key == "normalization":
+            rows += [
+                (f"channel {index}", _plain_normalization(item))
+                for index, item in enumerate(value)
+            ]
+        else:
+            rows.append((key, _plain(value)))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value).replace('"', "")
+
+
+def _plain_normalization(rule: dict[str, Any]) -> str:
+    numbers = [f"{k} {_plain(v)}" for k, v in rule.items() if k != "scheme" and v]
+    return " ".join([rule["scheme"], *numbers])
+
+
+def _describe_fold(run: RunFolder, name: str, path: Path) -> str:
+    metadata = load_model_file(path).metadata
+    text = f"step {metadata.get('step', '?')}"
+    metrics = run.fold(name) / "metrics.json"
+    if not metrics.exists():
+        return text
+    summary = atomic.read_json(metrics)["summary"]
+    scores = [f"{label} {row['dice']['mean']:.3f}" for label, row in summary.items()]
+    return f"{text}; Dice " + ", ".join(scores)

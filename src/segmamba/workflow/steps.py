@@ -1,0 +1,289 @@
+"""Check, plan, predict and evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segmamba import atomic
+from segmamba.config import NetworkConfig, from_dict
+from segmamba.data.check import CheckReport, check_dataset
+from segmamba.data.dataset import Dataset, dataset_from_dict, dataset_to_dict
+from segmamba.data.fingerprint import Fingerprint, make_fingerprint
+from segmamba.data.layouts import load_dataset
+from segmamba.data.plan import Plan, load_plan, make_plan, save_plan
+from segmamba.devices import resolve_device
+from segmamba.errors import ConfigError, FormatError, describe
+from segmamba.evaluation.evaluate import evaluate_folder
+from segmamba.inference.cases import PredictionSummary, find_cases, predict_cases
+from segmamba.inference.load import load_model
+from segmamba.nn import preset_config
+from segmamba.report.worst import worst_cases
+from segmamba.types import JsonDict
+from segmamba.workflow.folder import (
+    Progress,
+    RunFolder,
+    RunSettings,
+    load_settings,
+    staged,
+)
+
+SHOWN_PROBLEMS = 5
+"""Problems that an error text lists before it points to `segmamba check`."""
+
+
+def check(
+    data: Path | str | Dataset,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Find every problem of a data set.
+
+    Args:
+        data: A folder in a known layout, a CSV file, or a loaded data set.
+        workers: Cases read at once; None takes the number of cores.
+        progress: Called with the cases done, all cases, and what is being done.
+
+    Returns:
+        The report; `ok` says whether there is no error in it.
+
+    Raises:
+        FormatError: It isn't a data set at all.
+    """
+    return check_dataset(data, workers=workers, progress=staged(progress, "checking"))
+
+
+def plan(
+    data: Path | str,
+    run: Path | str,
+    *,
+    preset: str | None = None,
+    device: str = "auto",
+    memory_mib: float | None = None,
+    config: Path | str | RunSettings | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Check and measure a data set and decide from it how to train.
+
+    Writes `dataset.json`, `fingerprint.json` and `plan.json` into the run. A
+    fingerprint that is there for the same cases is kept; the plan is made anew.
+
+    Args:
+        data: A folder in a known layout, or a CSV file.
+        run: The run folder; made if it is missing.
+        preset: The network; None takes segmamba-light for a CPU, else segmamba.
+        device: What to plan for: "auto", "cpu", "cuda" ...
+        memory_mib: Its memory; None asks the device.
+        config: YAML file, or settings, whose sections network and plan replace
+            decisions.
+        progress: Called with the steps done, all steps, and what is being done.
+
+    Returns:
+        The plan.
+
+    Raises:
+        FormatError: The data set has errors.
+        ConfigError: A setting is unknown or unusable.
+        BackendUnavailableError: The device isn't there.
+    """
+    settings = load_settings(config)
+    target = resolve_device(device)
+    name = preset or settings.preset or default_preset(target)
+    network = preset_config(name, **_network_overrides(settings))
+    dataset, fingerprint = measure(data, RunFolder(Path(run)), progress)
+    decided = make_plan(
+        fingerprint,
+        dataset,
+        network=network,
+        device=target.type,
+        memory_mib=memory_mib if memory_mib is not None else device_memory_mib(target),
+        overrides=_plan_overrides(settings),
+    )
+    save_plan(RunFolder(Path(run)).plan, decided)
+    return decided
+
+
+def default_preset(device: torch.device) -> str:
+    """Name the network that suits a device."""
+    return "segmamba-light" if device.type == "cpu" else "segmamba"
+
+
+def device_memory_mib(device: torch.device) -> float | None:
+    """Give a GPU's memory in MiB; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory / 2**20
+
+
+def measure(
+    data: Path | str, run: RunFolder, progress: Progress | None
+) -> tuple[Dataset, Fingerprint]:
+    """Load a data set and its fingerprint; check and measure it if that is missing.
+
+    Args:
+        data: A folder in a known layout, or a CSV file.
+        run: Where `dataset.json` and `fingerprint.json` are kept.
+        progress: Called with the steps done, all steps, and what is being done.
+
+    Returns:
+        The data set and its fingerprint.
+
+    Raises:
+        FormatError: The data set has errors.
+    """
+    dataset = load_dataset(data)
+    if run.fingerprint.exists() and _same_dataset(dataset, run):
+        fingerprint = from_dict(
+            Fingerprint,
+            atomic.read_json(run.fingerprint),
+            source=str(run.fingerprint),
+        )
+        return dataset, fingerprint
+    _require_sound(check(dataset, progress=progress), data)
+    fingerprint = make_fingerprint(dataset, progress=staged(progress, "measuring"))
+    atomic.write_json(run.dataset, dataset_to_dict(dataset))
+    atomic.write_json(run.fingerprint, fingerprint.to_dict())
+    return dataset, fingerprint
+
+
+def _same_dataset(dataset: Dataset, run: RunFolder) -> bool:
+    if not run.dataset.exists():
+        return False
+    return dataset_from_dict(atomic.read_json(run.dataset)) == dataset
+
+
+def _require_sound(report: CheckReport, data: Path | str) -> None:
+    if report.ok:
+        return
+    errors = [row for row in report.problems if row.severity == "error"]
+    lines = [f"  {row.case}: {row.message}" for row in errors[:SHOWN_PROBLEMS]]
+    raise FormatError(
+        f"the data set {data} has {len(errors)} errors:\n"
+        + "\n".join(lines)
+        + f"\nRun 'segmamba check {data}' to see all of them, and mend or remove them."
+    )
+
+
+def _network_overrides(settings: RunSettings) -> dict[str, Any]:
+    checked = from_dict(NetworkConfig, settings.network, source="the section network")
+    return {key: getattr(checked, key) for key in settings.network}
+
+
+def _plan_overrides(settings: RunSettings) -> dict[str, Any]:
+    if "network" in settings.plan:
+        raise ConfigError(
+            describe(
+                "the network is set in its own section",
+                expected="a section network beside the section plan",
+            )
+        )
+    return dict(settings.plan)
+
+
+def load_run_plan(run: RunFolder) -> Plan:
+    """Read a run's plan.
+
+    Raises:
+        ConfigError: It is missing, or was edited to something unusable.
+    """
+    if not run.plan.exists():
+        raise ConfigError(
+            describe(
+                "the run has no plan",
+                expected="plan.json",
+                file=run.root,
+                remedy="Run 'segmamba plan' or 'segmamba train' first.",
+            )
+        )
+    return load_plan(run.plan)
+
+
+def predict(
+    run: Path | str,
+    scans: Path | str | Sequence[Path | str],
+    output: Path | str,
+    *,
+    device: str = "auto",
+    mirror: bool = True,
+    overlap: float = 0.5,
+    probabilities: bool = False,
+    folds: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PredictionSummary:
+    """Segment scans with a trained run and write label maps.
+
+    Args:
+        run: A run folder.
+        scans: A scan, the channels of one in their order, a folder, or a data set.
+        output: A folder; or a file name with a scan's ending, for a single scan.
+        device: "auto", "cpu", "cuda" ...
+        mirror: Average over mirrorings.
+        overlap: Of neighbouring windows, 0 to below 1.
+        probabilities: Write these too.
+        folds: Which to average; None takes all that are trained.
+        overwrite: Predict finished cases again.
+        progress: Called with the windows done, all windows, and the case.
+
+    Returns:
+        Which cases are done, were there already, or failed and why.
+
+    Raises:
+        CheckpointError: It isn't a trained run.
+        FormatError: There is no scan.
+    """
+    predictor = load_model(run, device, folds, overlap=overlap, mirror=mirror)
+    cases = find_cases(scans, predictor.channels)
+    return predict_cases(
+        predictor,
+        cases,
+        Path(output),
+        overwrite=overwrite,
+        probabilities=probabilities,
+        progress=staged(progress, "predicting"),
+    )
+
+
+def evaluate(
+    predictions: Path | str,
+    references: Path | str,
+    output: Path | str,
+    *,
+    labels: Path | str | None = None,
+    tolerance_mm: float = 1.0,
+    figure: Path | str | None = None,
+    progress: Progress | None = None,
+) -> JsonDict:
+    """Score label maps against references and write `metrics.json`.
+
+    Args:
+        predictions: A folder of label maps.
+        references: A folder of label maps, or a data set.
+        output: The JSON file to write.
+        labels: A dataset.json that names labels and regions.
+        tolerance_mm: Of the surface Dice.
+        figure: A PNG file for a picture of the worst cases.
+        progress: Called with the cases done, all cases, and what is being done.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FormatError: A prediction is missing or unreadable.
+        GeometryError: A prediction and its reference lie on different grids.
+    """
+    metrics = evaluate_folder(
+        predictions,
+        references,
+        labels=labels,
+        tolerance_mm=tolerance_mm,
+        progress=staged(progress, "evaluating"),
+    )
+    atomic.write_json(output, metrics)
+    if figure is not None:
+        worst_cases(metrics, predictions, references, figure, labels=labels)
+    return metrics

@@ -1,0 +1,324 @@
+"""Train one fold: everything from a folder of scans to scores on held-out cases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from segmamba.config import TrainConfig, from_dict, training_defaults
+from segmamba.data.cache import Cache, build_cache
+from segmamba.data.dataset import Dataset
+from segmamba.data.plan import Plan, plan_hash
+from segmamba.data.sampler import PatchSampler
+from segmamba.data.splits import (
+    Split,
+    load_splits,
+    make_splits,
+    paper_split,
+    save_splits,
+)
+from segmamba.devices import resolve_device
+from segmamba.errors import ConfigError, describe
+from segmamba.nn import build_network
+from segmamba.report.figures import training_curve
+from segmamba.training.batches import batch_maker
+from segmamba.training.losses import build_loss
+from segmamba.training.results import Progress as TrainingProgress
+from segmamba.training.trainer import Trainer
+from segmamba.types import JsonDict
+from segmamba.workflow.folder import (
+    Progress,
+    RunFolder,
+    RunSettings,
+    load_settings,
+    staged,
+)
+from segmamba.workflow.steps import load_run_plan, measure, plan
+from segmamba.workflow.validation import final_validation, quick_validation
+
+SplitScheme = Literal["5-fold", "70-10-20"]
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a training left."""
+
+    folder: Path
+    """The fold's folder."""
+    seconds: float
+    """Time of training, all resumed parts together, validation apart."""
+    metrics: JsonDict | None
+    """Scores on the held-out cases; None where every case trained."""
+
+
+def train(
+    data: Path | str,
+    run: Path | str,
+    *,
+    preset: str | None = None,
+    fold: int | str = 0,
+    max_time_s: float | None = None,
+    max_epochs: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    config: Path | str | RunSettings | None = None,
+    splits_file: Path | str | None = None,
+    split: SplitScheme = "5-fold",
+    seed: int | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TrainingOutcome:
+    """Train one fold of a data set, doing whatever comes before it and is missing.
+
+    Args:
+        data: A folder in a known layout, or a CSV file.
+        run: The run folder; made if it is missing.
+        preset: The network; None takes the plan's, or the device's default.
+        fold: Number of the split, or "all" to train on every case.
+        max_time_s: Seconds to train; the schedule follows the clock.
+        max_epochs: Epochs to train; 1000 if neither is given.
+        device: "auto", "cpu", "cuda" ...
+        resume: Go on from the last saved state.
+        config: YAML file of settings, or the settings.
+        splits_file: Splits of one's own; None keeps the run's or draws them.
+        split: Which splits to draw.
+        seed: Of weights, patches and augmentation.
+        progress: Called with steps done, all steps, what is being done, and a note.
+        say: Called with a line of text at each stage.
+
+    Returns:
+        Folder, time and scores.
+
+    Raises:
+        FormatError: The data set has errors.
+        ConfigError: A setting, the plan or the splits are unusable, or the run exists
+            and `resume` is off.
+        TrainingError: Not-a-number, or an interruption.
+    """
+    settings, folder = load_settings(config), RunFolder(Path(run))
+    fold, target = str(fold), resolve_device(device)
+    fold_folder = folder.fold(fold)
+    tell = say or (lambda text: None)
+    dataset, decided = _planned(
+        data, folder, settings, preset, config, device, progress
+    )
+    members = _members(dataset, folder, fold, splits_file, split)
+    training = train_config(
+        decided, settings, seed=seed, max_epochs=max_epochs, max_time_s=max_time_s
+    )
+    cache = build_cache(
+        dataset, decided, folder.cache, progress=staged(progress, "preprocessing")
+    )
+    trainer = _trainer(
+        dataset, decided, training, cache, members, fold_folder, target, progress
+    )
+    tell(
+        f"Training {decided.network.name} on {len(members['train'])} cases, "
+        f"{target.type} {trainer.precision}, patch {decided.patch_size}, into "
+        f"{fold_folder}"
+    )
+    result = trainer.fit(resume=resume)
+    if result.note:
+        tell(result.note)
+    metrics = None
+    if members["val"]:
+        metrics = final_validation(
+            dataset, members["val"], folder, fold, device=target, progress=progress
+        )
+    return TrainingOutcome(fold_folder, result.elapsed_s, metrics)
+
+
+def train_config(
+    plan: Plan,
+    settings: RunSettings,
+    *,
+    seed: int | None = None,
+    max_epochs: int | None = None,
+    max_time_s: float | None = None,
+) -> TrainConfig:
+    """Compose the settings of a training: defaults, the preset's, the file's, options.
+
+    Args:
+        plan: The plan; its network's preset and its batch size count.
+        settings: What the `--config` file holds.
+        seed: Option; None leaves it as it is.
+        max_epochs: Option.
+        max_time_s: Option; it takes the place of a number of epochs.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: A setting is unknown or has the wrong type.
+    """
+    options = {"seed": seed, "max_epochs": max_epochs, "max_time_s": max_time_s}
+    given = {key: value for key, value in options.items() if value is not None}
+    if max_time_s is not None and max_epochs is None:
+        given["max_epochs"] = None
+    values = {**training_defaults(plan.network.name), **settings.train, **given}
+    values.setdefault("batch_size", plan.batch_size)
+    return from_dict(TrainConfig, values, source="the section train")
+
+
+def _planned(
+    data: Path | str,
+    folder: RunFolder,
+    settings: RunSettings,
+    preset: str | None,
+    config: Path | str | RunSettings | None,
+    device: str,
+    progress: Progress | None,
+) -> tuple[Dataset, Plan]:
+    """Load the run's plan, or make it if there is none."""
+    dataset, _ = measure(data, folder, progress)
+    if not folder.plan.exists():
+        decided = plan(
+            data,
+            folder.root,
+            preset=preset,
+            device=device,
+            config=config,
+            progress=progress,
+        )
+        return dataset, decided
+    decided = load_run_plan(folder)
+    wanted = preset or settings.preset
+    if wanted is not None and wanted != decided.network.name:
+        raise ConfigError(
+            describe(
+                "the run is planned for another network",
+                expected=decided.network.name,
+                found=wanted,
+                file=folder.plan,
+                remedy="Choose another run folder, or plan anew with 'segmamba plan'.",
+            )
+        )
+    return dataset, decided
+
+
+def _members(
+    dataset: Dataset,
+    folder: RunFolder,
+    fold: str,
+    splits_file: Path | str | None,
+    split: SplitScheme,
+) -> Split:
+    """Say which cases train and which are held out."""
+    ids = [case.id for case in dataset.cases]
+    if fold == "all":
+        return {"train": sorted(ids), "val": []}
+    splits = _splits(ids, folder, splits_file, split)
+    if int(fold) >= len(splits):
+        raise ConfigError(
+            describe(
+                "no such fold",
+                expected=f"0 to {len(splits) - 1}, or all",
+                found=fold,
+                file=folder.splits,
+            )
+        )
+    members = splits[int(fold)]
+    unknown = {*members["train"], *members["val"]} - set(ids)
+    if unknown:
+        raise ConfigError(
+            describe(
+                "the splits name cases that the data set lacks",
+                found=", ".join(sorted(unknown)[:5]),
+                file=splits_file or folder.splits,
+            )
+        )
+    return members
+
+
+def _splits(
+    ids: list[str],
+    folder: RunFolder,
+    splits_file: Path | str | None,
+    split: SplitScheme,
+) -> list[Split]:
+    if splits_file is not None:
+        splits = load_splits(splits_file)
+    elif folder.splits.exists():
+        return load_splits(folder.splits)
+    elif split == "70-10-20":
+        splits = [paper_split(ids)]
+    else:
+        splits = make_splits(ids)
+    if folder.splits.exists() and load_splits(folder.splits) != splits:
+        raise ConfigError(
+            describe(
+                "the run has other splits already",
+                file=folder.splits,
+                remedy="Choose another run folder, or delete this file.",
+            )
+        )
+    save_splits(folder.splits, splits)
+    return splits
+
+
+def _trainer(
+    dataset: Dataset,
+    plan: Plan,
+    config: TrainConfig,
+    cache: Cache,
+    members: Split,
+    folder: Path,
+    device: torch.device,
+    progress: Progress | None,
+) -> Trainer:
+    torch.manual_seed(config.seed)  # the weights' own randomness
+    supervised = plan.network.deep_supervision or config.deep_supervision
+    network = build_network(
+        dataclasses.replace(plan.network, deep_supervision=supervised)
+    )
+    sampler = PatchSampler(
+        cache,
+        members["train"],
+        plan.patch_size,
+        config.batch_size or plan.batch_size,
+        dataset.labels,
+        oversample_foreground=config.oversample_foreground,
+        seed=config.seed,
+        margin=config.augmentation,
+    )
+    validate = None
+    if members["val"]:
+        validate = quick_validation(
+            cache,
+            members["val"],
+            dataset.labels,
+            plan.patch_size,
+            device=device,
+            precision=config.precision,
+        )
+    return Trainer(
+        network,
+        batch_maker(sampler, config.augmentation, seed=config.seed, device=device),
+        build_loss(config.loss, dataset.labels),
+        config,
+        folder,
+        plan_hash=plan_hash(plan),
+        device=device,
+        validate=validate,
+        on_progress=None if progress is None else _training_display(progress),
+        on_epoch=lambda log: training_curve(log, folder / "curve.png"),
+        model_metadata={"dataset": dataset.name, "preset": plan.network.name},
+    )
+
+
+def _training_display(progress: Progress) -> Callable[[TrainingProgress], None]:
+    """Show a training's progress in thousandths, with loss and rate."""
+
+    def show(state: TrainingProgress) -> None:
+        note = (
+            f"epoch {state.epoch}, step {state.step}, loss {state.loss:.4f}, "
+            f"{state.patches_per_s:.1f} patches/s"
+        )
+        progress(round(1000 * state.fraction), 1000, "training", note)
+
+    return show
