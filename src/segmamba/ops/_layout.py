@@ -15,8 +15,11 @@ STATES = 4
 Four independent chains of arithmetic keep the processor's units busy.
 """
 
+TAPS = 4
+"""Taps of the convolution; fewer are padded in front."""
+
 TILE = 64
-"""Steps that a kernel handles at a time; a tile's first states are kept for gradients."""
+"""Steps that a kernel handles at a time; gradients need the states at their starts."""
 
 
 def kept_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:
@@ -96,3 +99,16 @@ def pad_split(x: Tensor, sizes: list[int], multiples: list[int]) -> Tensor:
     """
     pairs = zip(x.split(sizes), multiples, strict=True)
     return torch.cat([pad_axis(part, -2, m) for part, m in pairs])
+
+
+def pad_taps(weight: Tensor) -> Tensor:
+    """Put zeros before fewer than 4 taps.
+
+    Args:
+        weight: (W, E), W up to 4.
+
+    Returns:
+        (4, E).
+    """
+    missing = TAPS - weight.shape[0]
+    return F.pad(weight, (0, 0, missing, 0)) if missing else weight

@@ -138,14 +138,14 @@ def tri_scan(
     reverses: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan tokens in several orders, sum and gate; see `_numba.operators.tri_scan`.
+    """Scan tokens in several orders, sum and gate; see `_numba.tri_scan`.
 
     `parameters` are the seven of each direction, direction after direction.
     """
-    from segmamba.ops._numba import operators
+    from segmamba.ops._numba import tri_scan as fused
 
     with torch.autocast("cpu", enabled=False):
-        return operators.tri_scan(
+        return fused.tri_scan(
             xz, _by_direction(parameters), _orders(strides, reverses), keep
         )
 
@@ -171,11 +171,11 @@ def tri_scan_backward(
     reverses: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of `tri_scan` with respect to xz and each parameter, in this order."""
-    from segmamba.ops._numba import operators
+    from segmamba.ops._numba import tri_scan as fused
 
     orders = _orders(strides, reverses)
     with torch.autocast("cpu", enabled=False):
-        grad_xz, gradients = operators.tri_scan_backward(
+        grad_xz, gradients = fused.tri_scan_backward(
             grad, xz, y, kept, _by_direction(parameters), orders
         )
     return [grad_xz, *(g.contiguous() for direction in gradients for g in direction)]

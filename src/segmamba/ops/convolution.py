@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import ConfigError, describe
+from segmamba.ops._layout import TAPS
 from segmamba.ops._primitives import conv_rows as conv_primitive
 from segmamba.ops._reference import conv_reference
 from segmamba.ops.backends import resolve_backend
@@ -73,7 +74,8 @@ def conv_rows(
     Returns:
         (batch, L, E).
     """
-    method = resolve_backend(backend, device=x.device, dtype=x.dtype)
+    limit = conv_limit(weight.shape[1])
+    method = resolve_backend(backend, device=x.device, dtype=x.dtype, numba_limit=limit)
     if method == "numba":
         offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return conv_primitive(x.contiguous(), weight.contiguous(), offset, silu)
@@ -84,6 +86,18 @@ def conv_rows(
         y = F.conv1d(padded, weight.unsqueeze(1), bias, groups=weight.shape[0])
         y = y.transpose(1, 2)
     return F.silu(y) if silu else y
+
+
+def conv_limit(taps: int) -> str:
+    """Why Numba's kernels can't convolve with so many taps.
+
+    Args:
+        taps: W.
+
+    Returns:
+        A reason, or nothing.
+    """
+    return f"its convolution has at most {TAPS} taps, not {taps}" if taps > TAPS else ""
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import GeometryError, describe
-from segmamba.ops._layout import LANES, STATES, pad_axis, pad_rows, pad_split
+from segmamba.ops._layout import LANES, STATES, pad_axis, pad_rows, pad_split, pad_taps
 from segmamba.ops._primitives import tri_scan
 from segmamba.ops.backends import resolve_backend
-from segmamba.ops.convolution import conv_rows
+from segmamba.ops.convolution import conv_limit, conv_rows
 from segmamba.ops.orders import Order, check_orders, scan_order
 from segmamba.ops.scan import compute_dtype, needs_gradient, scan, shape_error
 
@@ -74,7 +74,8 @@ def tri_orientated_scan(
     work = compute_dtype(xz, *A_log)
     for direction in zip(*parameters, strict=True):
         _check_direction(xz, direction)
-    method = resolve_backend(backend, device=xz.device, dtype=work)
+    limit = conv_limit(conv_weight[0].shape[-1])
+    method = resolve_backend(backend, device=xz.device, dtype=work, numba_limit=limit)
     with torch.autocast(xz.device.type, enabled=False):
         if method == "numba":
             directions = list(zip(*parameters, strict=True))
@@ -119,7 +120,7 @@ def _scan_fused(
 
 
 def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A direction's parameters as float32 in the layout of `_numba.operators`.
+    """A direction's parameters as float32 in the layout of `_numba.tri_scan`.
 
     Channels that are added have u = 0, states that are added have B = C = 0.
     """
@@ -129,7 +130,7 @@ def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if states % STATES:
         x_proj = pad_split(x_proj, [rank, states, states], [1, STATES, STATES])
     padded = (
-        pad_rows(conv_weight.squeeze(1).T, 1),
+        pad_rows(pad_taps(conv_weight.squeeze(1).T), 1),
         pad_rows(conv_bias, 1),
         pad_rows(x_proj, 1),
         pad_rows(dt_proj.T, 1),

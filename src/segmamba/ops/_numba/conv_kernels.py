@@ -1,7 +1,7 @@
-"""Kernels of the causal convolution with silu, for one task: some rows of one case.
+"""Kernels of convolution, projection and gate, for one task: some rows of one case.
 
 Rows of x are read, and rows of its gradient written, in token order; rows of u are in
-scan order.
+scan order. The convolution has 4 taps; fewer are padded with zeros in front.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segmamba.ops._layout import LANES, TILE
+from segmamba.ops._layout import LANES, TAPS, TILE
 from segmamba.ops._numba.scan_kernels import list_tokens
 from segmamba.ops._numba.tasks import kernel
 from segmamba.ops._numba.vectors import (
@@ -28,16 +28,23 @@ _MINUS_ONE = np.float32(-1.0)
 
 
 class ConvPlan(NamedTuple):
-    """Sizes and layout of one convolution; plain integers, as kernels take them."""
+    """Sizes and layout of one slab of a convolution; plain integers for kernels.
+
+    Row t of the slab of case b is row b * pitch + t of u and of the projection.
+    """
 
     batch: int
     length: int
+    offset: int
+    rows: int
+    pitch: int
     blocks: int
-    taps: int
     stride: int
     reverse: int
     x_width: int
     """Floats of a row of x, of which the first `blocks` blocks are meant."""
+    columns: int
+    """Floats of a row of the projection, a multiple of 16; 0 for none."""
     silu: int
     tiles: int
     tasks: int
@@ -53,91 +60,18 @@ def _task_tiles(plan, task):
 
 @kernel
 def _past_tokens(plan, start, count, tokens):
-    """Tokens at start - W + 1 .. start + count - 1, and how many rows don't exist."""
-    missing = max(0, plan.taps - 1 - start)
-    begin = start - plan.taps + 1 + missing
+    """Tokens at start - 3 .. start + count - 1; -1 where there is none."""
+    missing = max(0, TAPS - 1 - start)
+    tokens[:missing] = -1
+    begin = start - TAPS + 1 + missing
     list_tokens(plan, begin, start + count - begin, tokens[missing:])
-    return missing
 
 
 @kernel
-def _convolve(plan, row, t, missing, column, x, tokens, weight, bias):
-    width = plan.blocks * LANES
-    value = load(bias, column)
-    for k in range(max(0, missing - t), plan.taps):
-        place = (row + tokens[t + k]) * plan.x_width + column
-        value = fma(load(x, place), load(weight, k * width + column), value)
-    return value
-
-
-@kernel
-def conv_forward(task, plan, x, weight, bias, u):
-    """u[p] = silu(bias + sum_k weight[k] x[token(p - W + 1 + k)])."""
-    case, begin, end = _task_tiles(plan, task)
-    width = plan.blocks * LANES
-    row = case * plan.length
-    tokens = np.empty(TILE + plan.taps, np.int64)
-    for tile in range(begin, end):
-        start = tile * TILE
-        count = min(TILE, plan.length - start)
-        missing = _past_tokens(plan, start, count, tokens)
-        for t in range(count):
-            for column in range(0, width, LANES):
-                value = _convolve(
-                    plan, row, t, missing, column, x, tokens, weight, bias
-                )
-                if plan.silu:
-                    value = mul(value, sigmoid(value))
-                store(u, (row + start + t) * width + column, value)
-
-
-@kernel
-def conv_backward(
-    task, plan, x, weight, bias, grad_u, grad_x, accumulate, grad_weight, grad_bias
-):
-    """Gradients for a task's own rows; rows after them are recomputed, not shared.
-
-    grad_x rows lie as x's do. grad_weight (tasks, W, E) and grad_bias (tasks, E) have a
-    part for each task, zero at the start.
-    """
-    case, begin, end = _task_tiles(plan, task)
-    width = plan.blocks * LANES
-    row = case * plan.length
-    ahead = plan.taps - 1
-    tokens = np.empty(TILE + 2 * plan.taps, np.int64)
-    inner = np.empty((TILE + ahead) * width, np.float32)
-    of_weight = grad_weight[task * plan.taps * width : (task + 1) * plan.taps * width]
-    of_bias = grad_bias[task * width : (task + 1) * width]
-    for tile in range(begin, end):
-        start = tile * TILE
-        own = min(TILE, plan.length - start)
-        count = min(TILE + ahead, plan.length - start)
-        missing = _past_tokens(plan, start, count, tokens)
-        for t in range(count):
-            for column in range(0, width, LANES):
-                value = load(grad_u, (row + start + t) * width + column)
-                if plan.silu:
-                    before = _convolve(
-                        plan, row, t, missing, column, x, tokens, weight, bias
-                    )
-                    value = mul(value, _silu_slope(before))
-                store(inner, t * width + column, value)
-        for t in range(own):
-            _return_row(
-                plan,
-                row,
-                t,
-                count,
-                missing,
-                x,
-                tokens,
-                weight,
-                inner,
-                grad_x,
-                accumulate,
-                of_weight,
-                of_bias,
-            )
+def _load_row(plan, x, row, token, column):
+    if token < 0:
+        return zeros()
+    return load(x, (row + token) * plan.x_width + column)
 
 
 @kernel
@@ -148,37 +82,182 @@ def _silu_slope(value):
 
 
 @kernel
-def _return_row(
+def _convolve_block(plan, case, count, first, column, x, tokens, weight, bias, u):
+    """A tile's block: u = silu(bias + sum_k weight[k] x[t - 3 + k])."""
+    width = plan.blocks * LANES
+    row = case * plan.length
+    w0, w1 = load(weight, column), load(weight, width + column)
+    w2, w3 = load(weight, 2 * width + column), load(weight, 3 * width + column)
+    offset = load(bias, column)
+    x0 = _load_row(plan, x, row, tokens[0], column)
+    x1 = _load_row(plan, x, row, tokens[1], column)
+    x2 = _load_row(plan, x, row, tokens[2], column)
+    for t in range(count):
+        x3 = load(x, (row + tokens[t + 3]) * plan.x_width + column)
+        value = fma(x3, w3, fma(x2, w2, fma(x1, w1, fma(x0, w0, offset))))
+        if plan.silu:
+            value = mul(value, sigmoid(value))
+        store(u, (first + t) * width + column, value)
+        x0, x1, x2 = x1, x2, x3
+
+
+@kernel
+def _project_rows(plan, first, count, u, projection, code):
+    """Code = u projection for a tile, 8 rows at a time."""
+    width = plan.blocks * LANES
+    for begin in range(0, count, 8):
+        t = first + max(0, min(begin, count - 8))
+        rows = min(8, count)
+        for column in range(0, plan.columns, LANES):
+            if rows == 8:
+                a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+                a4, a5, a6, a7 = zeros(), zeros(), zeros(), zeros()
+                at = t * width
+                for e in range(width):
+                    part = load(projection, e * plan.columns + column)
+                    a0 = fma(splat(u[at + e]), part, a0)
+                    a1 = fma(splat(u[at + width + e]), part, a1)
+                    a2 = fma(splat(u[at + 2 * width + e]), part, a2)
+                    a3 = fma(splat(u[at + 3 * width + e]), part, a3)
+                    a4 = fma(splat(u[at + 4 * width + e]), part, a4)
+                    a5 = fma(splat(u[at + 5 * width + e]), part, a5)
+                    a6 = fma(splat(u[at + 6 * width + e]), part, a6)
+                    a7 = fma(splat(u[at + 7 * width + e]), part, a7)
+                at = t * plan.columns + column
+                store(code, at, a0)
+                store(code, at + plan.columns, a1)
+                store(code, at + 2 * plan.columns, a2)
+                store(code, at + 3 * plan.columns, a3)
+                store(code, at + 4 * plan.columns, a4)
+                store(code, at + 5 * plan.columns, a5)
+                store(code, at + 6 * plan.columns, a6)
+                store(code, at + 7 * plan.columns, a7)
+                continue
+            for r in range(rows):
+                total = zeros()
+                for e in range(width):
+                    part = load(projection, e * plan.columns + column)
+                    total = fma(splat(u[(t + r) * width + e]), part, total)
+                store(code, (t + r) * plan.columns + column, total)
+
+
+@kernel
+def conv_forward(task, plan, x, weight, bias, projection, u, code):
+    """Convolve a task's rows, and project them if the plan has columns."""
+    case, begin, end = _task_tiles(plan, task)
+    width = plan.blocks * LANES
+    tokens = np.empty(TILE + TAPS, np.int64)
+    for tile in range(begin, end):
+        start = plan.offset + tile * TILE
+        count = min(TILE, plan.offset + plan.rows - start)
+        first = case * plan.pitch + tile * TILE
+        _past_tokens(plan, start, count, tokens)
+        for column in range(0, width, LANES):
+            _convolve_block(
+                plan, case, count, first, column, x, tokens, weight, bias, u
+            )
+        _project_rows(plan, first, count, u, projection, code)
+
+
+@kernel
+def _return_block(
     plan,
-    row,
-    t,
+    case,
+    own,
     count,
-    missing,
+    first,
+    column,
     x,
     tokens,
     weight,
-    inner,
+    bias,
+    grad_u,
     grad_x,
     accumulate,
     of_weight,
     of_bias,
 ):
-    """One row's gradient of x, and what the row adds to those of taps and bias."""
+    """A tile's block: gradients of its own rows of x, and its share of the others.
+
+    Walks on over the 3 rows behind, whose gradients reach back to the tile's own.
+    """
     width = plan.blocks * LANES
-    last = plan.taps - 1
-    for column in range(0, width, LANES):
-        here = load(inner, t * width + column)
-        store(of_bias, column, add(here, load(of_bias, column)))
-        for k in range(max(0, missing - t), plan.taps):
-            place = k * width + column
-            value = load(x, (row + tokens[t + k]) * plan.x_width + column)
-            store(of_weight, place, fma(value, here, load(of_weight, place)))
-        at = (row + tokens[t + last]) * plan.x_width + column
-        gradient = load(grad_x, at) if accumulate else zeros()
-        for k in range(max(0, last + t + 1 - count), plan.taps):
-            later = load(inner, (t + last - k) * width + column)
-            gradient = fma(later, load(weight, k * width + column), gradient)
-        store(grad_x, at, gradient)
+    row = case * plan.length
+    w0, w1 = load(weight, column), load(weight, width + column)
+    w2, w3 = load(weight, 2 * width + column), load(weight, 3 * width + column)
+    offset = load(bias, column)
+    x0 = _load_row(plan, x, row, tokens[0], column)
+    x1 = _load_row(plan, x, row, tokens[1], column)
+    x2 = _load_row(plan, x, row, tokens[2], column)
+    g0, g1, g2 = zeros(), zeros(), zeros()
+    s0, s1, s2, s3, total = zeros(), zeros(), zeros(), zeros(), zeros()
+    for t in range(own + TAPS - 1):
+        g3 = zeros()
+        if t < count:
+            x3 = load(x, (row + tokens[t + 3]) * plan.x_width + column)
+            g3 = load(grad_u, (first + t) * width + column)
+            if plan.silu:
+                value = fma(x3, w3, fma(x2, w2, fma(x1, w1, fma(x0, w0, offset))))
+                g3 = mul(g3, _silu_slope(value))
+            if t < own:
+                s0, s1 = fma(x0, g3, s0), fma(x1, g3, s1)
+                s2, s3 = fma(x2, g3, s2), fma(x3, g3, s3)
+                total = add(total, g3)
+            x0, x1, x2 = x1, x2, x3
+        if t >= TAPS - 1:
+            at = (row + tokens[t]) * plan.x_width + column
+            gradient = load(grad_x, at) if accumulate else zeros()
+            gradient = fma(g0, w3, fma(g1, w2, fma(g2, w1, fma(g3, w0, gradient))))
+            store(grad_x, at, gradient)
+        g0, g1, g2 = g1, g2, g3
+    store(of_bias, column, add(total, load(of_bias, column)))
+    store(of_weight, column, add(s0, load(of_weight, column)))
+    at = width + column
+    store(of_weight, at, add(s1, load(of_weight, at)))
+    at += width
+    store(of_weight, at, add(s2, load(of_weight, at)))
+    at += width
+    store(of_weight, at, add(s3, load(of_weight, at)))
+
+
+@kernel
+def conv_backward(
+    task, plan, x, weight, bias, grad_u, grad_x, accumulate, grad_weight, grad_bias
+):
+    """Gradients for a task's own rows; rows after them are recomputed, not shared.
+
+    grad_u holds, behind the slab, the 3 rows that follow it. grad_x rows lie as x's do.
+    grad_weight (tasks, 4, E) and grad_bias (tasks, E) start at zero.
+    """
+    case, begin, end = _task_tiles(plan, task)
+    width = plan.blocks * LANES
+    tokens = np.empty(TILE + 2 * TAPS, np.int64)
+    of_weight = grad_weight[task * TAPS * width : (task + 1) * TAPS * width]
+    of_bias = grad_bias[task * width : (task + 1) * width]
+    for tile in range(begin, end):
+        start = plan.offset + tile * TILE
+        own = min(TILE, plan.offset + plan.rows - start)
+        count = min(own + TAPS - 1, plan.length - start)
+        first = case * plan.pitch + tile * TILE
+        _past_tokens(plan, start, count, tokens)
+        for column in range(0, width, LANES):
+            _return_block(
+                plan,
+                case,
+                own,
+                count,
+                first,
+                column,
+                x,
+                tokens,
+                weight,
+                bias,
+                grad_u,
+                grad_x,
+                accumulate,
+                of_weight,
+                of_bias,
+            )
 
 
 @kernel

@@ -16,7 +16,13 @@ from torch import Tensor
 from segmamba.ops._layout import LANES
 from segmamba.ops._numba import conv_kernels, scan_backward_kernels, scan_kernels
 from segmamba.ops._numba.conv_kernels import ConvPlan
-from segmamba.ops._numba.plan import ScanPlan, cut_tasks, state_shape, tile_count
+from segmamba.ops._numba.plan import (
+    ScanPlan,
+    cut_tasks,
+    state_shape,
+    task_count,
+    tile_count,
+)
 from segmamba.ops._numba.tasks import run_tasks
 
 # So many tasks a case: enough for many cores, and the same sums whatever their number.
@@ -41,7 +47,8 @@ class ScanInputs(NamedTuple):
 class ScanGradients(NamedTuple):
     """Gradients of a scan, summed over cases where the input has none."""
 
-    u: Tensor
+    before: Tensor
+    """The adjoint before the slab."""
     steps: Tensor
     """Of given step sizes, (batch, L, E); empty where they come from a code."""
     A: Tensor
@@ -50,7 +57,7 @@ class ScanGradients(NamedTuple):
     bias: Tensor
     skip: Tensor
     matrices: Tensor
-    """Of code, B and C side by side, (batch, L, rank + 2 G N)."""
+    """Of code, B and C side by side, (batch, pitch, rank + 2 G N)."""
 
 
 def flat(x: Tensor) -> np.ndarray:
@@ -78,123 +85,145 @@ def block_rates(A: Tensor) -> Tensor:
 
 
 def scan_plan(
-    u: Tensor,
+    batch: int,
+    length: int,
+    channels: int,
     states: int,
     *,
+    slab: tuple[int, int] | None = None,
+    pitch: int | None = None,
     rank: int = 0,
+    width: int | None = None,
     order: tuple[int, bool] = (1, False),
     matrices: int = 1,
 ) -> ScanPlan:
-    """Plan a scan of rows u (batch, L, E).
+    """Plan a scan.
 
     Args:
-        u: The scan's input.
+        batch: Cases.
+        length: L.
+        channels: E.
         states: N.
-        rank: Columns of the step sizes' code; with it, code, B and C lie side by side
-            in rows of rank + 2N floats. 0: B and C are arrays (batch, L, G, N).
+        slab: First position, a multiple of the tile, and number of positions; None
+            for all.
+        pitch: Rows from case to case in arrays by position; None for L.
+        rank: Columns of the step sizes' code; with it, code, B and C lie side by side.
+            0: step sizes, B and C are arrays (batch, L, E), (batch, L, G, N).
+        width: Floats of a row of the array with code, B and C; None for G N.
         order: (stride, reverse) of the rows that y goes to.
         matrices: G, groups of channels with a B and C of their own.
 
     Returns:
         The plan, with tasks for torch's present number of threads.
     """
-    batch, length, channels = u.shape
     blocks = channels // LANES
-    groups, segments = cut_tasks(batch, blocks, length)
-    width = rank + 2 * states if rank else matrices * states
+    offset, rows = (0, length) if slab is None else slab
+    groups, segments = cut_tasks(batch, blocks, rows)
     return ScanPlan(
         batch=batch,
         length=length,
+        offset=offset,
+        rows=rows,
+        pitch=length if pitch is None else pitch,
         blocks=blocks,
         states=states,
         rank=rank,
         stride=order[0],
         reverse=int(order[1]),
         blocks_per_matrix=blocks // matrices,
-        b_width=width,
+        width=matrices * states if width is None else width,
         b_first=rank,
-        c_width=width,
         c_first=rank + states if rank else 0,
-        code_width=width,
-        tiles=tile_count(length),
+        tiles=tile_count(rows),
+        all_tiles=tile_count(length),
         groups=groups,
         segments=segments,
     )
 
 
 def run_scan(
-    plan: ScanPlan, inputs: ScanInputs, out: Tensor, *, accumulate: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Scan rows.
+    plan: ScanPlan,
+    inputs: ScanInputs,
+    first: Tensor,
+    kept: Tensor,
+    out: Tensor,
+    *,
+    accumulate: bool,
+) -> Tensor:
+    """Scan a slab.
 
     Args:
         plan: The scan's plan.
         inputs: Its inputs.
+        first: States before the slab, (batch, 1, blocks, N, 16).
+        kept: (batch, tiles, blocks, N, 16), written for `run_scan_backward`, or empty.
         out: (batch, L, E) in token order, written or added to.
         accumulate: Add to `out`.
-        keep: Keep the states that `run_scan_backward` needs.
 
     Returns:
-        Kept states, (batch, tiles, blocks, N, 16) or empty, and the last states,
-        (batch, 1, blocks, N, 16).
+        States after the slab, as `first`.
     """
-    kept = torch.empty(state_shape(plan, plan.tiles) if keep else 0)
-    last = torch.empty(state_shape(plan, 1))
+    last = torch.empty_like(first)
+    starts = _segment_starts(plan, inputs, first)
     run_tasks(
         scan_kernels.scan_forward,
-        plan.batch * plan.groups * plan.segments,
+        task_count(plan),
         plan,
-        *map(flat, inputs),
-        *map(flat, (_segment_starts(plan, inputs), kept, last, out)),
+        *map(flat, (*inputs, starts, kept, last, out)),
         int(accumulate),
     )
-    return kept, last
+    return last
 
 
-def _segment_starts(plan: ScanPlan, inputs: ScanInputs) -> Tensor:
+def _segment_starts(plan: ScanPlan, inputs: ScanInputs, first: Tensor) -> Tensor:
     """States before each segment, (batch, segments, blocks, N, 16)."""
-    starts = torch.zeros(state_shape(plan, plan.segments))
     if plan.segments == 1:
-        return starts
-    ends = torch.empty_like(starts)
+        return first
+    ends = torch.empty(state_shape(plan, plan.segments))
     sums = torch.empty(plan.batch, plan.segments, plan.blocks, 1, LANES)
     run_tasks(
         scan_kernels.scan_segment_ends,
-        plan.batch * plan.groups * plan.segments,
+        task_count(plan),
         plan,
-        *map(flat, inputs[:6]),
-        *map(flat, (ends, sums)),
+        *map(flat, (*inputs[:6], ends, sums)),
     )
     decays = torch.exp2(sums * inputs.rates)
+    starts = torch.empty_like(ends)
+    starts[:, 0] = first[:, 0]
     for s in range(1, plan.segments):
         starts[:, s] = decays[:, s - 1] * starts[:, s - 1] + ends[:, s - 1]
     return starts
 
 
 def _segment_ends(
-    plan: ScanPlan, inputs: ScanInputs, grad_y: Tensor, grad_last: Tensor
+    plan: ScanPlan, inputs: ScanInputs, grad_y: Tensor, behind: Tensor
 ) -> Tensor:
     """Adjoints that enter each segment from behind."""
     if plan.segments == 1:
-        return grad_last
+        return behind
     begins = torch.empty(state_shape(plan, plan.segments))
     sums = torch.empty(plan.batch, plan.segments, plan.blocks, 1, LANES)
     run_tasks(
         scan_backward_kernels.adjoint_segment,
-        plan.batch * plan.groups * plan.segments,
+        task_count(plan),
         plan,
         *map(flat, (grad_y, *inputs[1:5], inputs.matrix_c, begins, sums)),
     )
     decays = torch.exp2(sums * inputs.rates)
     ends = torch.empty_like(begins)
-    ends[:, -1] = grad_last[:, 0]
+    ends[:, -1] = behind[:, 0]
     for s in range(plan.segments - 1, 0, -1):
         ends[:, s - 1] = decays[:, s] * ends[:, s] + begins[:, s]
     return ends
 
 
 def run_scan_backward(
-    plan: ScanPlan, inputs: ScanInputs, kept: Tensor, grad_y: Tensor, grad_last: Tensor
+    plan: ScanPlan,
+    inputs: ScanInputs,
+    kept: Tensor,
+    grad_y: Tensor,
+    behind: Tensor,
+    grad_u: Tensor,
 ) -> ScanGradients:
     """Differentiate `run_scan`.
 
@@ -203,31 +232,32 @@ def run_scan_backward(
         inputs: Its inputs.
         kept: States that `run_scan` kept.
         grad_y: (batch, L, E) in token order.
-        grad_last: Of the last states, (batch, 1, blocks, N, 16).
+        behind: Adjoint after the slab, (batch, 1, blocks, N, 16).
+        grad_u: (batch, pitch, E), written.
 
     Returns:
-        Gradients; those of B and C of groups side by side.
+        The other gradients, and the adjoint before the slab.
     """
     parts, channels = plan.batch * plan.segments, plan.blocks * LANES
     matrices = plan.blocks // plan.blocks_per_matrix
     width = plan.rank + 2 * matrices * plan.states
-    grad_u = torch.empty_like(inputs.u)
     steps = torch.empty(0 if plan.rank else inputs.u.shape)
     rates = torch.zeros(parts, *inputs.rates.shape)
     weight = torch.zeros(parts, plan.rank, channels)
     bias, skip = torch.zeros(parts, channels), torch.zeros(parts, channels)
     make = torch.empty if matrices == 1 else torch.zeros
-    partial = make(plan.groups, plan.batch, plan.length, width)
-    ends = _segment_ends(plan, inputs, grad_y, grad_last)
-    outputs = (grad_u, steps, rates, weight, bias, skip, partial)
+    partial = make(plan.groups, plan.batch, plan.pitch, width)
+    before = torch.empty_like(behind)
+    ends = _segment_ends(plan, inputs, grad_y, behind)
+    outputs = (before, grad_u, steps, rates, weight, bias, skip, partial)
     run_tasks(
         scan_backward_kernels.scan_backward,
-        plan.batch * plan.groups * plan.segments,
+        task_count(plan),
         plan,
         *map(flat, (*inputs, kept, ends, grad_y, *outputs)),
     )
     return ScanGradients(
-        u=grad_u,
+        before=before,
         steps=steps,
         A=rates.sum(0).transpose(1, 2).flatten(0, 1),
         weight=weight.sum(0),
@@ -238,29 +268,43 @@ def run_scan_backward(
 
 
 def conv_plan(
-    x: Tensor, channels: int, taps: int, order: tuple[int, bool], silu: bool
+    x: Tensor,
+    channels: int,
+    order: tuple[int, bool],
+    *,
+    slab: tuple[int, int] | None = None,
+    pitch: int | None = None,
+    columns: int = 0,
+    silu: bool = True,
 ) -> ConvPlan:
     """Plan a convolution of the first `channels` columns of x (batch, L, width).
 
     Args:
         x: Rows in token order.
         channels: E.
-        taps: W.
         order: (stride, reverse) in which rows are walked.
+        slab: First position and number of positions; None for all.
+        pitch: Rows from case to case in arrays by position; None for L.
+        columns: Columns of a projection to follow, a multiple of 16.
         silu: Put silu on the result.
 
     Returns:
         The plan.
     """
-    tiles = tile_count(x.shape[1])
+    batch, length, width = x.shape
+    offset, rows = (0, length) if slab is None else slab
+    tiles = tile_count(rows)
     return ConvPlan(
-        batch=x.shape[0],
-        length=x.shape[1],
+        batch=batch,
+        length=length,
+        offset=offset,
+        rows=rows,
+        pitch=length if pitch is None else pitch,
         blocks=channels // LANES,
-        taps=taps,
         stride=order[0],
         reverse=int(order[1]),
-        x_width=x.shape[2],
+        x_width=width,
+        columns=columns,
         silu=int(silu),
         tiles=tiles,
         tasks=min(_CONV_TASKS, tiles),
@@ -268,19 +312,31 @@ def conv_plan(
 
 
 def run_conv(
-    plan: ConvPlan, x: Tensor, weight: Tensor, bias: Tensor, u: Tensor
+    plan: ConvPlan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    u: Tensor,
+    projection: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> None:
-    """Convolve.
+    """Convolve, and project the result.
 
     Args:
         plan: The convolution's plan.
         x: (batch, L, width), token order.
-        weight: (W, E).
+        weight: (4, E).
         bias: (E).
-        u: (batch, L, E), scan order; written.
+        u: (batch, pitch, E), by position; written.
+        projection: (E, columns), if the plan has columns.
+        code: (batch, pitch, columns); written.
     """
+    nothing = bias[:0]
+    last = (nothing, u, nothing) if code is None else (projection, u, code)
     count = plan.batch * plan.tasks
-    run_tasks(conv_kernels.conv_forward, count, plan, *map(flat, (x, weight, bias, u)))
+    run_tasks(
+        conv_kernels.conv_forward, count, plan, *map(flat, (x, weight, bias, *last))
+    )
 
 
 def run_conv_backward(
@@ -293,19 +349,19 @@ def run_conv_backward(
     *,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate `run_conv`.
+    """Differentiate `run_conv` without its projection.
 
     Args:
         plan: The convolution's plan.
         x: As in `run_conv`.
         weight: As in `run_conv`.
         bias: As in `run_conv`.
-        grad_u: (batch, L, E), scan order.
-        grad_x: As x; its first E columns are written or added to.
+        grad_u: (batch, pitch, E), by position, with the 3 rows after the slab.
+        grad_x: As x; of its first E columns the slab's rows are written or added to.
         accumulate: Add to `grad_x`.
 
     Returns:
-        Gradients of weight (W, E) and bias (E).
+        Gradients of weight (4, E) and bias (E).
     """
     count = plan.batch * plan.tasks
     grad_weight, grad_bias = (torch.zeros(count, *w.shape) for w in (weight, bias))

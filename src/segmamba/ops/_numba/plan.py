@@ -13,15 +13,21 @@ _EXTRA_WALK = 0.8
 
 
 class ScanPlan(NamedTuple):
-    """Sizes, layouts and cuts of one scan; plain integers, as kernels take them.
+    """Sizes, layouts and cuts of one slab of a scan; plain integers for kernels.
 
-    A task is one case, one group of channel blocks, one segment of tiles. A block is 16
-    channels. Rows of u have `blocks` blocks; rows of code, B and C lie anywhere in their
-    arrays: row p of case b starts at (b * length + p) * width + first.
+    A slab is the positions offset .. offset + rows - 1 of all cases. A task is one case,
+    one group of channel blocks, one segment of the slab's tiles. A block is 16 channels.
+
+    u, the gradient of u, and the arrays that hold code, B and C are by position: row t of
+    the slab of case b is row b * pitch + t. What goes to and comes from tokens has all
+    L rows.
     """
 
     batch: int
     length: int
+    offset: int
+    rows: int
+    pitch: int
     blocks: int
     states: int
     rank: int
@@ -30,12 +36,12 @@ class ScanPlan(NamedTuple):
     reverse: int
     blocks_per_matrix: int
     """Blocks that share one B and C."""
-    b_width: int
+    width: int
+    """Floats of a row of the array that holds code, B and C, or of one with B or C."""
     b_first: int
-    c_width: int
     c_first: int
-    code_width: int
     tiles: int
+    all_tiles: int
     groups: int
     segments: int
 
@@ -74,6 +80,18 @@ def cut_tasks(batch: int, blocks: int, length: int) -> tuple[int, int]:
             rounds = -(-batch * groups * segments // threads)
             best = min(best, (rounds * -(-blocks // groups) * walk, groups, segments))
     return best[1], best[2]
+
+
+def task_count(plan: ScanPlan) -> int:
+    """Tasks of a plan.
+
+    Args:
+        plan: The scan's plan.
+
+    Returns:
+        Cases times groups times segments.
+    """
+    return plan.batch * plan.groups * plan.segments
 
 
 def state_shape(plan: ScanPlan, places: int) -> tuple[int, int, int, int, int]:

@@ -61,11 +61,11 @@ def replay_tile(
     size = plan.states * LANES
     copy_state(plan, state, 0, history, 0)
     for t in range(count):
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         step = load(dt, t * LANES)
         value = load(u, row * width + block * LANES)
         steps, drive = widen(step), widen(mul(step, value))
-        b_row = row * plan.b_width + plan.b_first + shared
+        b_row = row * plan.width + plan.b_first + shared
         for n in range(0, plan.states, STATES):
             place = t * size + n * LANES
             rate = load_wide(rates, (block * plan.states + n) * LANES)
@@ -113,12 +113,12 @@ def return_tile(
     ln2 = splat(_LN2)
     for back in range(count):
         t = count - 1 - back
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         step, value = load(dt, t * LANES), load(u, row * width + column)
         arrived = load(grad_y, t * lane)
         steps, drive, arriving = widen(step), widen(mul(step, value)), widen(arrived)
-        b_row = row * plan.b_width + plan.b_first + shared
-        c_row = row * plan.c_width + plan.c_first + shared
+        b_row = row * plan.width + plan.b_first + shared
+        c_row = row * plan.width + plan.c_first + shared
         sum_b = (t * (plan.rank + 2 * plan.states) + plan.rank) * LANES
         sum_c = sum_b + size
         of_drive, of_exponent = widen(zeros()), widen(zeros())
@@ -164,12 +164,12 @@ def return_steps(
     width = plan.blocks * LANES
     column = block * LANES
     for t in range(count):
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         value = mul(load(grad_dt, t * LANES), load(slope, t * LANES))
         store(grad_bias, column, add(value, load(grad_bias, column)))
         for q in range(plan.rank):
             place = q * width + column
-            part = splat(code[row * plan.code_width + q])
+            part = splat(code[row * plan.width + q])
             store(grad_weight, place, fma(part, value, load(grad_weight, place)))
             at = (t * (plan.rank + 2 * plan.states) + q) * LANES
             store(sums, at, fma(value, load(weight, place), load(sums, at)))
@@ -183,7 +183,7 @@ def sum_channels(plan, case, group, block, start, count, sums, partial):
     matrix = block // plan.blocks_per_matrix
     width = plan.rank + 2 * states * matrices
     for t in range(count):
-        row = (group * plan.batch + case) * plan.length + start + t
+        row = (group * plan.batch + case) * plan.pitch + start - plan.offset + t
         source = t * (plan.rank + 2 * states) * LANES
         for q in range(plan.rank):
             partial[row * width + q] = total(load(sums, source + q * LANES))
@@ -213,15 +213,16 @@ def adjoint_segment(
         adjoint[:] = 0.0
         passed = zeros()
         for tile in range(end - 1, begin - 1, -1):
-            start = tile * TILE
-            count = min(TILE, plan.length - start)
+            start = plan.offset + tile * TILE
+            count = min(TILE, plan.offset + plan.rows - start)
             fill_steps(
                 plan, case, block, start, count, code, weight, bias, dt, no_slope
             )
             list_tokens(plan, start, count, tokens)
             take_rows(plan, case, block, block + 1, count, tokens, grad_y, rows)
             for t in range(count - 1, -1, -1):
-                c_row = (case * plan.length + start + t) * plan.c_width + plan.c_first
+                row = case * plan.pitch + start - plan.offset + t
+                c_row = row * plan.width + plan.c_first
                 step = load(dt, t * LANES)
                 passed = add(passed, step)
                 arriving, steps = widen(load(rows, t * LANES)), widen(step)
@@ -254,6 +255,7 @@ def scan_backward(
     kept,
     ends,
     grad_y,
+    before,
     grad_u,
     grad_steps,
     grad_rates,
@@ -265,7 +267,8 @@ def scan_backward(
     """Gradients of a segment, from the adjoint that enters it from behind.
 
     grad_rates, grad_weight, grad_bias and grad_skip have a row for each case and
-    segment, zero at the start; partial has one for each group.
+    segment, zero at the start; partial has one for each group; before is the adjoint
+    that leaves the slab at its front.
     """
     case, first, last, begin, end, group, segment = split_task(plan, task)
     size = plan.states * LANES
@@ -287,8 +290,8 @@ def scan_backward(
     at = (place * plan.blocks + first) * size
     adjoint = ends[at : at + (last - first) * size].copy()
     for tile in range(end - 1, begin - 1, -1):
-        start = tile * TILE
-        count = min(TILE, plan.length - start)
+        start = plan.offset + tile * TILE
+        count = min(TILE, plan.offset + plan.rows - start)
         list_tokens(plan, start, count, tokens)
         take_rows(plan, case, first, last, count, tokens, grad_y, rows)
         sums[:] = 0.0
@@ -296,7 +299,8 @@ def scan_backward(
             if block > first and block % plan.blocks_per_matrix == 0:
                 sum_channels(plan, case, group, block - 1, start, count, sums, partial)
                 sums[:] = 0.0
-            at = ((case * plan.tiles + tile) * plan.blocks + block) * size
+            at = case * plan.all_tiles + plan.offset // TILE + tile
+            at = (at * plan.blocks + block) * size
             fill_steps(plan, case, block, start, count, code, weight, bias, dt, slope)
             replay_tile(
                 plan,
@@ -353,10 +357,13 @@ def scan_backward(
                 )
             else:
                 for t in range(count):
-                    row = case * plan.length + start + t
+                    row = case * plan.pitch + start - plan.offset + t
                     store(
                         grad_steps,
                         row * width + block * LANES,
                         load(grad_dt, t * LANES),
                     )
         sum_channels(plan, case, group, last - 1, start, count, sums, partial)
+    if begin == 0:
+        at = (case * plan.blocks + first) * size
+        before[at : at + adjoint.size] = adjoint

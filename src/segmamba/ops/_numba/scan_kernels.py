@@ -69,13 +69,13 @@ def fill_steps(plan, case, block, start, count, code, weight, bias, dt, slope):
     width = plan.blocks * LANES
     column = block * LANES
     for t in range(count):
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         if plan.rank == 0:
             store(dt, t * LANES, load(code, row * width + column))
             continue
         value = load(bias, column)
         for q in range(plan.rank):
-            part = splat(code[row * plan.code_width + q])
+            part = splat(code[row * plan.width + q])
             value = fma(part, load(weight, q * width + column), value)
         store(dt, t * LANES, softplus(value))
         if slope.size > 0:
@@ -104,12 +104,12 @@ def scan_tile(
     column = block * LANES
     shared = block // plan.blocks_per_matrix * plan.states
     for t in range(count):
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         step = load(dt, t * LANES)
         value = load(u, row * width + column)
         steps, drive = widen(step), widen(mul(step, value))
-        b_row = row * plan.b_width + plan.b_first + shared
-        c_row = row * plan.c_width + plan.c_first + shared
+        b_row = row * plan.width + plan.b_first + shared
+        c_row = row * plan.width + plan.c_first + shared
         result = widen(zeros())
         for n in range(0, plan.states, STATES):
             rate = load_wide(rates, (block * plan.states + n) * LANES)
@@ -126,11 +126,11 @@ def walk_tile(plan, case, block, start, count, u, dt, rates, matrix_b, state):
     width = plan.blocks * LANES
     shared = block // plan.blocks_per_matrix * plan.states
     for t in range(count):
-        row = case * plan.length + start + t
+        row = case * plan.pitch + start - plan.offset + t
         step = load(dt, t * LANES)
         value = load(u, row * width + block * LANES)
         steps, drive = widen(step), widen(mul(step, value))
-        b_row = row * plan.b_width + plan.b_first + shared
+        b_row = row * plan.width + plan.b_first + shared
         for n in range(0, plan.states, STATES):
             rate = load_wide(rates, (block * plan.states + n) * LANES)
             decayed = mul(exp2(mul(steps, rate)), load_wide(state, n * LANES))
@@ -172,8 +172,8 @@ def scan_segment_ends(task, plan, u, code, weight, bias, rates, matrix_b, ends, 
         state[:] = 0.0
         passed = zeros()
         for tile in range(begin, end):
-            start = tile * TILE
-            count = min(TILE, plan.length - start)
+            start = plan.offset + tile * TILE
+            count = min(TILE, plan.offset + plan.rows - start)
             fill_steps(
                 plan, case, block, start, count, code, weight, bias, dt, no_slope
             )
@@ -214,10 +214,11 @@ def scan_forward(
     place = (case * plan.segments + segment) * plan.blocks + first
     state[:] = starts[place * size : place * size + state.size]
     for tile in range(begin, end):
-        start = tile * TILE
-        count = min(TILE, plan.length - start)
+        start = plan.offset + tile * TILE
+        count = min(TILE, plan.offset + plan.rows - start)
         if kept.size > 0:
-            place = ((case * plan.tiles + tile) * plan.blocks + first) * size
+            at = plan.offset // TILE + tile
+            place = ((case * plan.all_tiles + at) * plan.blocks + first) * size
             kept[place : place + state.size] = state
         for block in range(first, last):
             fill_steps(

@@ -1,0 +1,228 @@
+"""The tri-orientated scan by Numba, slab by slab.
+
+A slab is so many positions of a scan that its rows of u stay in the cache between
+convolution, projection and scan. Nothing by position is held for the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segmamba.ops._layout import LANES, TAPS, TILE, kept_shape, pad_axis
+from segmamba.ops._numba.launch import (
+    ScanGradients,
+    ScanInputs,
+    block_rates,
+    conv_plan,
+    run_conv,
+    run_conv_backward,
+    run_gate,
+    run_gate_backward,
+    run_scan,
+    run_scan_backward,
+    scan_plan,
+)
+from segmamba.ops._numba.plan import ScanPlan, state_shape
+
+Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Conv taps (4, E), conv bias (E), x_proj (r + 2N, E), dt_proj (r, E), its bias (E),
+A_log (E, N) and D (E)."""
+
+_SLAB_FLOATS = 1 << 20
+"""Floats of a slab's u: 4 MiB."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One direction's parameters in the kernels' form, and buffers of one slab."""
+
+    xz: Tensor
+    order: tuple[int, bool]
+    direction: Direction
+    u: Tensor
+    code: Tensor
+    projection: Tensor
+    rates: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.u.shape[2]
+
+    def plan(self, slab: tuple[int, int]) -> ScanPlan:
+        batch, length, _ = self.xz.shape
+        return scan_plan(
+            batch,
+            length,
+            self.channels,
+            self.rates.shape[1],
+            slab=slab,
+            pitch=self.u.shape[1],
+            rank=self.direction[3].shape[0],
+            width=self.code.shape[2],
+            order=self.order,
+        )
+
+    def prepare(self, slab: tuple[int, int]) -> ScanInputs:
+        """Convolve and project a slab."""
+        taps, offset, _, dt_proj, dt_bias, _, D = self.direction
+        plan = conv_plan(
+            self.xz,
+            self.channels,
+            self.order,
+            slab=slab,
+            pitch=self.u.shape[1],
+            columns=self.code.shape[2],
+        )
+        run_conv(plan, self.xz, taps, offset, self.u, self.projection, self.code)
+        code = self.code
+        return ScanInputs(self.u, code, dt_proj, dt_bias, self.rates, code, code, D)
+
+
+def _slabs(batch: int, length: int, channels: int) -> list[tuple[int, int]]:
+    """(first position, number of positions) of each slab; firsts are tiles' starts."""
+    rows = max(1, _SLAB_FLOATS // (batch * channels * TILE)) * TILE
+    return [(p, min(rows, length - p)) for p in range(0, length, rows)]
+
+
+def _walks(
+    xz: Tensor, directions: Sequence[Direction], orders: Sequence[tuple[int, bool]]
+) -> Iterator[_Walk]:
+    batch, length, width = xz.shape
+    rows = _slabs(batch, length, width // 2)[0][1]
+    u = xz.new_empty(batch, rows, width // 2)
+    for order, direction in zip(orders, directions, strict=True):
+        projection = pad_axis(direction[2].T, -1, LANES).contiguous()
+        code = xz.new_empty(batch, rows, projection.shape[1])
+        rates = block_rates(-torch.exp(direction[5]))
+        yield _Walk(xz, order, direction, u, code, projection, rates)
+
+
+def tri_scan(
+    xz: Tensor,
+    directions: Sequence[Direction],
+    orders: Sequence[tuple[int, bool]],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan tokens in several orders, sum and gate.
+
+    Args:
+        xz: (batch, L, 2E), E a multiple of 16.
+        directions: Parameters of each order, N a multiple of 4.
+        orders: (stride, reverse) of each.
+        keep: Keep what the backward needs.
+
+    Returns:
+        The gated sum (batch, L, E), the sum before the gate, and the kept states of all
+        directions; the last two empty without `keep`.
+    """
+    batch, length, width = xz.shape
+    channels, states = width // 2, directions[0][5].shape[1]
+    y = xz.new_empty(batch, length, channels)
+    shape = (len(orders), *kept_shape(batch, length, channels, states))
+    kept = xz.new_empty(shape if keep else (len(orders), 0))
+    for k, walk in enumerate(_walks(xz, directions, orders)):
+        state = xz.new_zeros(batch, 1, channels // LANES, states, LANES)
+        for slab in _slabs(batch, length, channels):
+            inputs = walk.prepare(slab)
+            plan = walk.plan(slab)
+            state = run_scan(plan, inputs, state, kept[k], y, accumulate=k > 0)
+    gate = conv_plan(xz, channels, (1, False))
+    out = torch.empty_like(y) if keep else y
+    run_gate(gate, y, xz, out)
+    return (out, y, kept) if keep else (out, xz.new_empty(0), xz.new_empty(0))
+
+
+def tri_scan_backward(
+    grad: Tensor,
+    xz: Tensor,
+    y: Tensor,
+    kept: Tensor,
+    directions: Sequence[Direction],
+    orders: Sequence[tuple[int, bool]],
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Differentiate `tri_scan`; convolutions and projections are done again.
+
+    Args:
+        grad: Gradient of the gated sum.
+        xz: As in `tri_scan`.
+        y: The sum before the gate.
+        kept: Kept states.
+        directions: As in `tri_scan`.
+        orders: As in `tri_scan`.
+
+    Returns:
+        Gradients of xz and of each direction's parameters.
+    """
+    grad_xz = torch.empty_like(xz)
+    gate = conv_plan(xz, y.shape[2], (1, False))
+    grad_y = run_gate_backward(gate, grad, y, xz, grad_xz)
+    gradients = []
+    for k, walk in enumerate(_walks(xz, directions, orders)):
+        gradients.append(_return_walk(walk, kept[k], grad_y, grad_xz, k > 0))
+    return grad_xz, gradients
+
+
+def _return_walk(
+    walk: _Walk, kept: Tensor, grad_y: Tensor, grad_xz: Tensor, accumulate: bool
+) -> list[Tensor]:
+    """Gradients of a direction's parameters; adds to the first half of grad_xz."""
+    batch, length, _ = walk.xz.shape
+    totals = [torch.zeros_like(p) for p in walk.direction]
+    adjoint = None
+    grad_u = walk.u.new_empty(batch, walk.u.shape[1] + TAPS - 1, walk.channels)
+    for slab in reversed(_slabs(batch, length, walk.channels)):
+        inputs = walk.prepare(slab)
+        plan = walk.plan(slab)
+        if adjoint is None:
+            adjoint = torch.zeros(state_shape(plan, 1))
+        rows = slab[1]
+        behind = grad_u[:, : TAPS - 1].clone()
+        scan = _return_scan(walk, plan, inputs, kept, grad_y, adjoint, grad_u)
+        grad_u[:, rows : rows + TAPS - 1] = behind
+        adjoint = scan.before
+        of_conv = _return_conv(walk, slab, grad_u, grad_xz, accumulate)
+        codes = scan.matrices[:, :rows].flatten(0, 1)
+        of_proj = torch.matmul(codes.T, walk.u[:, :rows].flatten(0, 1))
+        of_log = scan.A * -torch.exp(walk.direction[5])
+        parts = (*of_conv, of_proj, scan.weight, scan.bias, of_log, scan.skip)
+        for total, part in zip(totals, parts, strict=True):
+            total += part
+    return totals
+
+
+def _return_scan(
+    walk: _Walk,
+    plan: ScanPlan,
+    inputs: ScanInputs,
+    kept: Tensor,
+    grad_y: Tensor,
+    adjoint: Tensor,
+    grad_u: Tensor,
+) -> ScanGradients:
+    """A slab's scan and projection back to grad_u's first rows."""
+    rows = walk.u.new_empty(walk.u.shape)
+    scan = run_scan_backward(plan, inputs, kept, grad_y, adjoint, rows)
+    used = slice(0, plan.rows)
+    through = torch.matmul(scan.matrices[:, used], walk.direction[2])
+    torch.add(through, rows[:, used], out=grad_u[:, used])
+    return scan
+
+
+def _return_conv(
+    walk: _Walk,
+    slab: tuple[int, int],
+    grad_u: Tensor,
+    grad_xz: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = conv_plan(
+        walk.xz, walk.channels, walk.order, slab=slab, pitch=grad_u.shape[1]
+    )
+    taps, offset = walk.direction[:2]
+    return run_conv_backward(
+        plan, walk.xz, taps, offset, grad_u, grad_xz, accumulate=accumulate
+    )
