@@ -54,7 +54,6 @@ def test_the_score_that_counts(scores, expected):
     assert math.isnan(overall_score({}))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

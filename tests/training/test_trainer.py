@@ -333,7 +333,7 @@ def test_senseless_settings_are_named(tiny, tmp_path, name, value):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_a_clear_error(tiny, tmp_path):
-    with pytest.raises(BackendUnavailableError, match="--device cpu"):
+    with pytest.raises(BackendUnavailableError, match="'cpu' or 'auto'"):
         tiny.make_trainer(tmp_path, device="cuda")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from segmamba.training.batches import batch_maker
 from segmamba.training.logger import read_log
-from segmamba.training.precision import precision_for, usable_device
 from segmamba.training.results import Progress, TrainResult
 from segmamba.training.trainer import Trainer
 
@@ -13,7 +12,5 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "batch_maker",
-    "precision_for",
     "read_log",
-    "usable_device",
 ]

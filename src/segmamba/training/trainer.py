@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from segmamba import checkpoint
 from segmamba.config import TrainConfig, to_dict
 from segmamba.data.augment import Batch
+from segmamba.devices import Precision, autocast, precision_for, resolve_device
 from segmamba.errors import CheckpointError, TrainingError
 from segmamba.training.batches import to_device
 from segmamba.training.diagnosis import (
@@ -26,19 +27,13 @@ from segmamba.training.diagnosis import (
     is_finite,
 )
 from segmamba.training.ema import WeightAverage, prediction_weights
+from segmamba.training.fold_folder import FoldFolder
 from segmamba.training.interrupt import Interrupt, Interrupted
 from segmamba.training.lock import folder_lock
 from segmamba.training.logger import RunLogger, overall_score
 from segmamba.training.optimizer import build_optimizer, set_learning_rate
-from segmamba.training.precision import (
-    Precision,
-    autocast,
-    precision_for,
-    usable_device,
-)
 from segmamba.training.prefetch import Prefetcher
 from segmamba.training.results import Pace, Progress, TrainResult
-from segmamba.training.run_folder import RunFolder
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
 from segmamba.training.snapshot import (
     network_config,
@@ -97,13 +92,13 @@ class Trainer:
         tensorboard: bool = True,
     ) -> None:
         check_config(config)
-        self.device = usable_device(device)
+        self.device = resolve_device(device)
         self.precision: Precision = precision_for(self.device, config.precision)
         self.network = network.to(self.device)
         self.make_batch = make_batch
         self.loss = loss
         self.config = config
-        self.folder = RunFolder(Path(folder))
+        self.folder = FoldFolder(Path(folder))
         self.plan_hash = plan_hash
         self.validate = validate
         self.on_progress = on_progress

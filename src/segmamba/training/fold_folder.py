@@ -1,4 +1,4 @@
-"""The folder of one run: its file names, and who may write to it."""
+"""The folder of one training: its file names, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from segmamba.errors import ConfigError, describe
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """Where a run keeps its files."""
+class FoldFolder:
+    """Where a training keeps its files."""
 
     path: Path
     """The folder, such as `RUN/fold_0`."""
