@@ -231,6 +231,26 @@ def test_one_brats_case(tmp_path: Path) -> None:
     assert [case.id for case in load_dataset(tmp_path / "a").cases] == ["a"]
 
 
+def test_brats_predictions_beside_the_cases_are_no_cases(tmp_path: Path) -> None:
+    root = brats(tmp_path, {"a": (1,), "b": (1,)}, new=True)
+    for name in "ab":
+        labels(root / f"predictions/{name}-seg.nii.gz", 1)
+    assert [case.id for case in load_dataset(root).cases] == ["a", "b"]
+
+
+def test_brats_cases_together_in_one_folder(tmp_path: Path) -> None:
+    brats(tmp_path, {"case_1": (1, 2, 4), "case_2": None}, new=False)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in tmp_path.glob("case_*/*"):
+        file.rename(flat / file.name)
+    scan(flat / "typo_t1.nii.gz")
+    dataset = load_dataset(flat)
+    assert [case.id for case in dataset.cases] == ["case_1"]
+    assert [case.id for case in dataset.unlabelled] == ["case_2"]
+    assert dataset.cases[0].images[3] == flat / "case_1_flair.nii.gz"
+
+
 def test_csv(tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         scan(tmp_path / f"scans/{name}_a.nii.gz")
@@ -288,7 +308,7 @@ def test_csv_labels_from_a_description_beside_it(tmp_path: Path) -> None:
         ("image,label\n", "no rows"),
         ("image,label\n,x.nii\n", "an image in every row"),
         ("image,label\na.nii,b.nii,c.nii\n", "3 in row 2"),
-        ("id,image\n../x,a.nii\n", "file names"),
+        ("id,image\n../x,a.nii\n", "file's name"),
     ],
 )
 def test_bad_tables(tmp_path: Path, text: str, says: str) -> None:
@@ -334,6 +354,9 @@ def test_bad_decathlon(tmp_path: Path, change, says: str) -> None:
         ({"file_ending": ".mha"}, "no cases"),
         ({"channel_names": {}}, "channel names"),
         ({"dataset": {"x": {"images": ["a"]}}}, "dataset key"),
+        ({"dataset": {"x": {"images": "a.nii", "label": "b.nii"}}}, "dataset key"),
+        ({"dataset": {"x": {"images": [], "label": "b.nii"}}}, "dataset key"),
+        ({"dataset": {"../x": {"images": ["a"], "label": "b"}}}, "file's name"),
     ],
 )
 def test_bad_nnunet(tmp_path: Path, change, says: str) -> None:

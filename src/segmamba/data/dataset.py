@@ -38,6 +38,19 @@ class Dataset:
     unlabelled: tuple[Case, ...] = ()
     """Cases without one (test folders), sorted by id."""
 
+    def __post_init__(self) -> None:
+        for case in (*self.cases, *self.unlabelled):
+            name = case.id
+            if not name or name[0] == "." or any(sign in name for sign in '/\\:*?"<>|'):
+                raise FormatError(
+                    describe(
+                        "a case id can't be a file's name",
+                        expected="letters, digits, and signs such as _ and -",
+                        found=repr(name),
+                        file=self.root,
+                    )
+                )
+
 
 _FORMAT = "segmamba dataset 1"
 

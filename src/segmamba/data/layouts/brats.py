@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ _ENOUGH_LABELS = 32
 
 @dataclass(frozen=True)
 class CaseFolder:
-    """The BraTS files of one folder."""
+    """The BraTS files of one case."""
 
+    id: str
     folder: Path
     stem: str
     ending: str
@@ -53,13 +54,13 @@ def find_case_folders(root: Path) -> list[CaseFolder]:
         root: A folder, such as one with HGG and LGG, or a single case.
 
     Returns:
-        The cases sorted by folder; none unless some folder holds two contrasts or more.
+        The cases sorted by folder; none unless some case has two contrasts or more.
     """
-    found = [case for folder in _folders(root) if (case := _case_folder(folder))]
+    found = [case for folder in _folders(root) for case in _cases_in(folder)]
     contrasts = [sum(kind in case.kinds for kind in case.files) for case in found]
     if max(contrasts, default=0) < 2:
         return []
-    return sorted(found, key=lambda case: case.folder)
+    return sorted(found, key=lambda case: (case.folder, case.id))
 
 
 def load_brats(root: Path, case_folders: Sequence[CaseFolder]) -> Dataset:
@@ -77,10 +78,10 @@ def load_brats(root: Path, case_folders: Sequence[CaseFolder]) -> Dataset:
     labelled = tuple(
         sorted((case for case in cases if case.label), key=lambda case: case.id)
     )
-    old = Counter(item.kinds == _OLD_KINDS for item in case_folders)
+    num_old = sum(item.kinds == _OLD_KINDS for item in case_folders)
     enhancing, cavity = find_enhancing_value(
         [case.label for case in labelled if case.label],
-        old_names=old[True] > old[False],
+        old_names=2 * num_old > len(case_folders),
     )
     return Dataset(
         name=root.resolve().name,
@@ -173,29 +174,40 @@ def _folders(root: Path, depth: int = 0) -> list[Path]:
     return [root, *below]
 
 
-def _case_folder(folder: Path) -> CaseFolder | None:
+def _cases_in(folder: Path) -> list[CaseFolder]:
+    """Give the case of a folder, or the cases where several lie in it together."""
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError:
-        return None
-    matches = [_NAME.fullmatch(name) for name in names if not name.startswith(".")]
-    found = [match for match in matches if match]
-    if not found:
-        return None
-    stem = Counter(match["stem"] for match in found).most_common(1)[0][0]
-    own = [match for match in found if match["stem"] == stem]
-    return CaseFolder(
-        folder=folder,
-        stem=stem,
-        ending=own[0]["ending"],
-        files={match["kind"].lower(): folder / match.string for match in own},
-    )
+        return []
+    groups: defaultdict[str, list[re.Match[str]]] = defaultdict(list)
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match and not name.startswith("."):
+            groups[match["stem"]].append(match)
+    contrasts = {
+        stem: sum(match["kind"].lower() != "seg" for match in group)
+        for stem, group in groups.items()
+    }
+    most = max(contrasts.values(), default=0)
+    # A stem with a single contrast beside complete cases is a misnamed file.
+    stems = [stem for stem, count in contrasts.items() if count >= min(most, 2) > 0]
+    return [
+        CaseFolder(
+            id=folder.resolve().name if len(stems) == 1 else stem.rstrip("_-"),
+            folder=folder,
+            stem=stem,
+            ending=groups[stem][0]["ending"],
+            files={m["kind"].lower(): folder / m.string for m in groups[stem]},
+        )
+        for stem in stems
+    ]
 
 
 def _case(item: CaseFolder) -> Case:
     """Give the case; a missing contrast keeps the path where it should be."""
     return Case(
-        id=item.folder.resolve().name,
+        id=item.id,
         images=tuple(
             item.files.get(kind, item.folder / f"{item.stem}{kind}{item.ending}")
             for kind in item.kinds

@@ -159,6 +159,9 @@ def _file_ending(data: JsonDict, path: Path) -> str:
 
 def _listed_cases(listed: Any, root: Path, path: Path) -> list[Case]:
     try:
+        for item in listed.values():
+            if not isinstance(item["images"], list) or not item["images"]:
+                raise TypeError("images must be a list of paths")
         return [
             Case(
                 id=str(name),

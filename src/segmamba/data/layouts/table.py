@@ -66,7 +66,7 @@ def load_table(path: Path) -> Dataset:
     cases = [
         Case(id=name, images=images, label=_cell(row, label_column, path.parent))
         for name, images, row in zip(
-            _case_ids(given, files, path), files, rows, strict=True
+            _case_ids(given, files, path.parent), files, rows, strict=True
         )
     ]
     labelled = [case for case in cases if case.label is not None]
@@ -128,16 +128,14 @@ def _cell(row: dict[str, str], column: str | None, folder: Path) -> Path | None:
     return folder / PurePosixPath(text) if text else None
 
 
-def _case_ids(given: list[str], files: list[tuple[Path, ...]], path: Path) -> list[str]:
+def _case_ids(
+    given: list[str], files: list[tuple[Path, ...]], folder: Path
+) -> list[str]:
     """Take the ids given, else file names, else whole paths where names repeat."""
     stems = [strip_suffix(images[0]) for images in files]
     if max(Counter(stems).values()) > 1:
-        stems = [_path_id(images[0], path.parent) for images in files]
-    ids = [name or stem for name, stem in zip(given, stems, strict=True)]
-    for name in ids:
-        if any(sign in name for sign in "/\\:") or name.startswith("."):
-            raise _bad(path, "ids that can be file names", repr(name))
-    return ids
+        stems = [_path_id(images[0], folder) for images in files]
+    return [name or stem for name, stem in zip(given, stems, strict=True)]
 
 
 def _path_id(file: Path, root: Path) -> str:
