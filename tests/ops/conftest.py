@@ -1,0 +1,47 @@
+"""What the operators' tests share: back ends, poisoned memory, gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_spec = importlib.util.spec_from_file_location(
+    "ops_loops", Path(__file__).parent / "loops.py"
+)
+_loops = importlib.util.module_from_spec(_spec)
+sys.modules["ops_loops"] = _loops
+_spec.loader.exec_module(_loops)
+
+
+@pytest.fixture
+def loops():
+    """The formulas as loops."""
+    return _loops
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill all memory that the operators allocate with not-a-number."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+    new_empty = torch.Tensor.new_empty
+
+    def fill(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    for name, make in real.items():
+        monkeypatch.setattr(torch, name, lambda *a, _m=make, **k: fill(_m(*a, **k)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *a, **k: fill(new_empty(self, *a, **k))
+    )
+
+
+@pytest.fixture
+def threads():
+    """Set torch's threads, and set them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
