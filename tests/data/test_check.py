@@ -350,7 +350,8 @@ def mixed(tmp_path: Path, shared_data: Path) -> Path:
 def test_bad_inputs_as_stray_files(mixed: Path, shared_data: Path) -> None:
     for path in (shared_data / "bad_inputs/files").iterdir():
         shutil.copyfile(path, mixed / "imagesTr" / path.name)
-    errors = {item[1:] for item in found(check_dataset(mixed)) if item[0] == "error"}
+    report = check_dataset(mixed)
+    errors = {item[1:] for item in found(report) if item[0] == "error"}
     assert errors == {
         ("imagesTr/annex_pointer.nii.gz", "fake-file"),
         ("imagesTr/annex_pointer.nii.gz", "orphan-image"),
@@ -362,6 +363,10 @@ def test_bad_inputs_as_stray_files(mixed: Path, shared_data: Path) -> None:
         ("labelsTr/hippocampus_010.nii.gz", "orphan-label"),
         ("labelsTr/hippocampus_281.nii.gz", "orphan-label"),
     }
+    texts = [problem.message for problem in report.errors]
+    assert any(
+        "512 x 512 x 94 voxels of 0.734 x 0.734 x 5 mm" in text for text in texts
+    )
 
 
 def test_bad_inputs_as_listed_cases(mixed: Path, shared_data: Path) -> None:

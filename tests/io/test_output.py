@@ -145,6 +145,8 @@ def test_affine_survives_whatever_codes_the_scan_has(tmp_path: Path, codes) -> N
     for affine in (scan.affine, moved):
         write_label_map(tmp_path / "x.nii", block(), affine, like=scan.path)
         assert np.allclose(read_volume(tmp_path / "x.nii").affine, affine, atol=1e-5)
+    write_label_map(tmp_path / "x.nii", block((2, 2, 2)), scan.affine, like=scan.path)
+    assert np.allclose(read_volume(tmp_path / "x.nii").affine, scan.affine, atol=1e-5)
 
 
 def test_big_endian_and_packed_scan_as_model(tmp_path: Path) -> None:

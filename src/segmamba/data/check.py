@@ -23,7 +23,7 @@ from segmamba.data.case_check import (
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.layouts import load_dataset
 from segmamba.errors import ConfigError, describe
-from segmamba.io import is_scan, strip_suffix
+from segmamba.io import Volume, is_scan, strip_suffix
 from segmamba.types import JsonDict
 
 Progress = Callable[[int, int, str], None]
@@ -228,10 +228,12 @@ def _weigh_stray(
 
 
 def _check_stray(stray: _Stray) -> list[Problem]:
-    """Report the file, and what is wrong inside it."""
+    """Report the file, its size, and what is wrong inside it."""
     name = shown(stray.path, stray.root)
-    problems = [Problem("", name, stray.kind, stray.message, stray.severity)]
     volume, kind, text = try_reading(stray.path, "missing-channel")
+    size = "" if volume is None else f" ({_describe_size(volume)})"
+    message = stray.message + size
+    problems = [Problem("", name, stray.kind, message, stray.severity)]
     if volume is None:
         problems.append(Problem("", name, kind, text))
     elif stray.kind != "orphan-label":
@@ -239,6 +241,11 @@ def _check_stray(stray: _Stray) -> list[Problem]:
         severity: Severity = stray.severity
         problems += [Problem("", name, kind, text, severity) for kind, text in inside]
     return problems
+
+
+def _describe_size(volume: Volume) -> str:
+    voxels = " x ".join(str(size) for size in volume.shape)
+    return f"{voxels} voxels of {_mm(volume.spacing_mm)} mm"
 
 
 def _folders_to_search(dataset: Dataset, files: Iterable[Path]) -> list[Path]:

@@ -182,7 +182,8 @@ def _nifti_bytes(array: Array, affine: FloatArray, like: NiftiHeader | None) -> 
 
 def _place(header: Any, affine: FloatArray, like: NiftiHeader | None) -> None:
     """Write the affine: the input's own numbers if it is unchanged, else afresh."""
-    if like is not None and np.array_equal(affine, like.affine):
+    unchanged = like is not None and np.array_equal(affine, like.affine)
+    if like is not None and unchanged and header.get_data_shape()[:3] == like.shape:
         for name in _GRID_FIELDS:
             header[name] = like.raw[name]
         header["pixdim"][:4] = like.raw["pixdim"][:4]
