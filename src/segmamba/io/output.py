@@ -23,6 +23,8 @@ from segmamba.types import Array, FloatArray
 _LARGEST_NIFTI1_SIDE = 32767
 _GZIP_WBITS = 31
 _SCANNER_CODE = 1
+_QFORM_TOLERANCE = 2e-3
+"""Near half a turn, a quaternion of three float32 numbers is no better than this."""
 _KEPT_FIELDS = ("dim_info", "xyzt_units")
 _GRID_FIELDS = (
     *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z"),
@@ -195,5 +197,5 @@ def _place(header: Any, affine: FloatArray, like: NiftiHeader | None) -> None:
     header.set_sform(affine, code=sform)
     header.set_qform(affine, code=qform, strip_shears=True)
     scale = np.abs(affine[:3, :3]).max()
-    if np.abs(header.get_qform() - affine)[:3, :3].max() > 1e-4 * scale:
+    if np.abs(header.get_qform() - affine)[:3, :3].max() > _QFORM_TOLERANCE * scale:
         header["qform_code"] = 0  # a quaternion can't say this affine: don't pretend
