@@ -1,8 +1,9 @@
-"""Lets the tests of this room import `golden` from the folder above."""
+"""Lets the tests of this room import `golden` and `network_contract`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]

@@ -229,7 +229,9 @@ def padded_size(size: Size3, strides: list[Size3]) -> Size3:
         The next multiples of the total strides; twice those on each down-sampled axis
         where the deepest level would have a single voxel, which has no variance.
     """
-    totals = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+    totals = [1, 1, 1]
+    for stride in strides:
+        totals = [total * step for total, step in zip(totals, stride, strict=True)]
     counts = [-(-side // total) for side, total in zip(size, totals, strict=True)]
     if math.prod(counts) == 1:
         counts = [2 if total > 1 else 1 for total in totals]

@@ -1,0 +1,185 @@
+"""What every network must do: the contract test that each preset inherits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segmamba.nn import build_network, preset_config
+
+ODD_SIZE = (37, 50, 61)
+SMALL_SIZE = (17, 18, 9)
+
+
+def void_biases(network: nn.Module) -> set[str]:
+    """Names of the biases that an instance norm takes out again."""
+    return {
+        name
+        for name, _ in network.named_parameters()
+        if ".gsc." in name and name.endswith(".bias")
+    }
+
+
+class NetworkContract:
+    """Inherit, and say how to build the network small."""
+
+    name = ""
+    options: dict = {"dims": (8, 12, 16), "hidden_size": 20, "depths": (0, 1, 1)}
+
+    def build(self, **options) -> nn.Module:
+        torch.manual_seed(3)
+        merged = {
+            "in_channels": 3,
+            "out_channels": 5,
+            "d_state": 3,
+            **self.options,
+            **options,
+        }
+        return build_network(preset_config(self.name, **merged))
+
+    def image(self, size=SMALL_SIZE, batch: int = 1, channels: int = 3) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(batch, channels, *size, generator=generator)
+
+    def gradients(self, network: nn.Module, image: Tensor) -> dict[str, Tensor | None]:
+        network.train()
+        outputs = network(image)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        weights = torch.Generator().manual_seed(9)
+        loss = sum(
+            (item * torch.randn(item.shape, generator=weights)).mean()
+            for item in outputs
+        )
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        return {name: item.grad for name, item in network.named_parameters()}
+
+    def test_any_size_comes_back(self):
+        network = self.build(in_channels=1).eval()
+        with torch.no_grad():
+            logits = network(self.image(ODD_SIZE, channels=1))
+        assert logits.shape == (1, 5, *ODD_SIZE)
+        assert logits.isfinite().all()
+        assert logits.std() > 0
+
+    @pytest.mark.parametrize("size", [(17, 17, 17), (1, 1, 1), (1, 40, 8)])
+    def test_small_sizes_come_back(self, size):
+        with torch.no_grad():
+            logits = self.build()(self.image(size))
+        assert logits.shape == (1, 5, *size)
+        assert logits.isfinite().all()
+
+    def test_weights_survive_saving(self, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        first, second = self.build(), self.build()
+        with torch.no_grad():
+            for parameter in second.parameters():
+                parameter.add_(1.0)
+        save_file(first.state_dict(), tmp_path / "weights.safetensors")
+        second.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+        image = self.image()
+        with torch.no_grad():
+            assert torch.equal(first(image), second(image))
+
+    def test_the_configuration_is_complete_and_rebuilds_the_network(self):
+        network = self.build()
+        config = network.config
+        assert build_network(config).config == config
+        optional = {"num_slices"}
+        assert all(
+            getattr(config, field) is not None
+            for field in config.__dataclass_fields__
+            if field not in optional
+        )
+
+    def test_training_and_evaluation_are_the_same(self):
+        network, image = self.build(), self.image()
+        with torch.no_grad():
+            assert torch.equal(network.train()(image), network.eval()(image))
+
+    def test_cases_of_a_batch_do_not_mix(self):
+        network = self.build().eval()
+        image = self.image(batch=3)
+        changed = image.clone()
+        changed[0] += 5
+        with torch.no_grad():
+            together = network(image)
+            alone = torch.cat([network(case) for case in image.split(1)])
+            others = network(changed)[1:]
+        torch.testing.assert_close(together, alone, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(together[1:], others, atol=2e-5, rtol=2e-5)
+
+    def test_the_gradient_reaches_every_parameter(self):
+        network = self.build(deep_supervision=True)
+        gradients = self.gradients(network, self.image((16, 17, 18)))
+        void = void_biases(network)
+        dead = [
+            name
+            for name, gradient in gradients.items()
+            if name not in void and (gradient is None or not gradient.abs().max() > 0)
+        ]
+        assert dead == []
+
+    def test_checkpointing_changes_no_gradient(self):
+        image = self.image()
+        plain = self.gradients(self.build(), image)
+        saved = self.gradients(self.build(checkpointing=True), image)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(gradient, saved[name], msg=name)
+
+    def test_deep_supervision_gives_every_level_in_training(self):
+        network = self.build(deep_supervision=True)
+        image = self.image((17, 12, 11))
+        outputs = network.train()(image)
+        sizes = [tuple(item.shape[2:]) for item in outputs]
+        levels = len(network.decoder)
+        assert sizes == [
+            tuple(-(-side // 2**level) for side in (17, 12, 11))
+            for level in range(levels)
+        ]
+        assert {item.shape[1] for item in outputs} == {5}
+        with torch.no_grad():
+            torch.testing.assert_close(network.eval()(image), outputs[0])
+
+    def test_it_compiles_as_one_graph(self):
+        network, image = self.build().eval(), self.image()
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            wanted = network(image)
+        image.requires_grad_()
+        found = compiled(image)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        found.mean().backward()
+        assert image.grad is not None
+        assert image.grad.abs().max() > 0
+
+    def test_it_exports(self):
+        network, image = self.build().eval(), self.image()
+        program = torch.export.export(network, (image,))
+        with torch.no_grad():
+            wanted, found = network(image), program.module()(image)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+    def test_channels_last_gives_the_same(self):
+        network, image = self.build(), self.image(batch=2)
+        wanted = self.gradients(network, image)
+        with torch.no_grad():
+            logits = network(image)
+        last = self.build().to(memory_format=torch.channels_last_3d)
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+        with torch.no_grad():
+            torch.testing.assert_close(last(image), logits, atol=1e-3, rtol=1e-3)
+        found = self.gradients(last.double(), image.double())
+        exact = self.gradients(self.build().double(), self.image(batch=2).double())
+        for name, gradient in exact.items():
+            torch.testing.assert_close(found[name], gradient, msg=name)
+            assert wanted[name] is not None
+
+    def test_precisions_run(self):
+        network, image = self.build(), self.image()
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = self.gradients(network, image)
+        assert all(item.dtype == torch.float32 for item in gradients.values())
+        assert all(item.isfinite().all() for item in gradients.values())

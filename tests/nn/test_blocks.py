@@ -1,0 +1,111 @@
+"""Blocks against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segmamba.errors import GeometryError
+from segmamba.nn.blocks import (
+    PaperGatedSpatialConvolution,
+    Stem,
+    feature_uncertainty,
+    instance_norm,
+    pad_to_multiple,
+)
+from segmamba.nn.mamba import scan_orders
+
+
+def layouts(x: torch.Tensor):
+    """The same tensor in every order of its axes in memory."""
+    for order in itertools.permutations(range(x.dim())):
+        back = [order.index(axis) for axis in range(x.dim())]
+        yield x.permute(order).contiguous().permute(back)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 2, 3, 4), (2, 3, 2, 2, 3), (1, 1, 2, 2, 2), (2, 2, 2, 1, 1)]
+)
+def test_instance_norm_is_right_in_every_memory_layout(shape):
+    """Also in those where torch's batch norm over volumes gives a wrong gradient."""
+    x, weights = torch.randn(2, *shape, dtype=torch.float64)
+    exact = x.clone().requires_grad_()
+    mean = exact.mean((2, 3, 4), keepdim=True)
+    variance = ((exact - mean) ** 2).mean((2, 3, 4), keepdim=True)
+    wanted = (exact - mean) / torch.sqrt(variance + 1e-5)
+    (gradient,) = torch.autograd.grad(wanted, exact, weights)
+    for layout in layouts(x):
+        for outer in list(layouts(weights))[::7]:
+            leaf = layout.detach().requires_grad_()
+            found = instance_norm(leaf)
+            torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+            (back,) = torch.autograd.grad(found, leaf, outer)
+            torch.testing.assert_close(back, gradient, atol=1e-9, rtol=1e-9)
+
+
+def test_instance_norm_keeps_channels_last():
+    x = torch.randn(2, 4, 5, 6, 7).contiguous(memory_format=torch.channels_last_3d)
+    assert instance_norm(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_feature_uncertainty_is_the_papers():
+    z = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)
+    mean = 1 / (1 + torch.exp(-z.mean(1, keepdim=True)))
+    torch.testing.assert_close(
+        feature_uncertainty(z), z + z * (1 + mean * torch.log(mean))
+    )
+    scale = feature_uncertainty(torch.full((1, 1, 1, 1, 1), -700.0)) / -700.0
+    assert scale.item() == pytest.approx(2.0)
+
+
+def test_paper_gsc_is_the_papers():
+    block = PaperGatedSpatialConvolution(4).double()
+    x = torch.randn(2, 4, 3, 4, 5, dtype=torch.float64)
+
+    def unit(convolution, value):
+        return torch.relu(convolution(F.instance_norm(value)))
+
+    product = unit(block.spatial, x) * unit(block.gate, x)
+    torch.testing.assert_close(block(x), x + unit(block.fuse, product))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 4), (3, 1), (1, 1), (6, 2)])
+def test_depthwise_stem_takes_any_channels(channels, groups):
+    stem = Stem(channels, 16, (2, 2, 2), depthwise=True)
+    assert stem.conv.groups == groups
+    assert stem(torch.randn(1, channels, 8, 6, 4)).shape == (1, 16, 4, 3, 2)
+
+
+def test_padding_is_zeros_at_the_end():
+    x = torch.ones(1, 1, 2, 3, 4)
+    padded = pad_to_multiple(x, (3, 3, 6))
+    assert padded.shape == (1, 1, 3, 3, 6)
+    assert torch.equal(padded[:, :, :2, :3, :4], x)
+    assert padded.sum() == x.sum()
+    assert pad_to_multiple(x, (2, 3, 4)) is x
+
+
+def test_scan_orders_walk_the_axes_they_name():
+    size = (2, 3, 4)
+    volume = torch.arange(24).reshape(size)
+    walks = {
+        "forward": volume.flatten(),
+        "slice": volume.permute(1, 2, 0).flatten(),
+        "column": volume.permute(2, 0, 1).flatten(),
+    }
+    for name, walk in walks.items():
+        for full, wanted in ((name, walk), (f"{name}-reverse", walk.flip(0))):
+            full = "reverse" if full == "forward-reverse" else full
+            ((stride, reverse),) = scan_orders([full], size)
+            found = [(t % stride) * (24 // stride) + t // stride for t in range(24)]
+            found = found[::-1] if reverse else found
+            assert found == wanted.tolist(), full
+
+
+def test_scan_orders_refuse_what_does_not_divide():
+    assert scan_orders(["slice"], (4, 3, 3), num_slices=6) == [(6, False)]
+    with pytest.raises(GeometryError, match="num_slices"):
+        scan_orders(["slice"], (4, 3, 3), num_slices=8)
