@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from segmamba.errors import ConfigError, FormatError
-from segmamba.inference.find import find_cases
+from segmamba.inference.find import InputCase, find_cases
 
 BRATS = ("t1n", "t1c", "t2w", "t2f")
 
@@ -111,6 +111,15 @@ def test_case_folders_with_equal_file_names(tmp_path):
     )
     found = names(find_cases(tmp_path, ["T1", "DWI_b0"]))
     assert found == {f"p{i}": ["x_T1.nii", "x_DWI_b0.nii"] for i in (1, 2)}
+
+
+def test_case_folders_with_unknown_names(tmp_path):
+    touch(tmp_path, "p1/a.nii", "p1/b.nii", "p2/only.nii")
+    several, one = find_cases(tmp_path, ["CT"])
+    assert one == InputCase("p2", (tmp_path / "p2" / "only.nii",))
+    assert several.problem is not None
+    assert "p1 holds several scans of unknown channels" in several.problem
+    assert list(names(find_cases(tmp_path / "p1", ["CT"]))) == ["a", "b"]
 
 
 def test_plain_folder(tmp_path):

@@ -191,6 +191,8 @@ def _from_case_folder(folder: Path, channels: Sequence[str]) -> list[InputCase]:
     scans = [path for path in _scans(folder) if not _is_label(path)]
     if len(scans) == 1:  # one channel, or one file that holds all
         return [InputCase(folder.name, (scans[0],))]
+    if scans and not _group(scans, channels):
+        return [InputCase(folder.name, tuple(scans), _unnamed(folder, scans, channels))]
     cases = _from_scans(scans, channels, folder)
     if len(cases) == 1:
         return [InputCase(folder.name, cases[0].images, cases[0].problem)]
@@ -198,6 +200,17 @@ def _from_case_folder(folder: Path, channels: Sequence[str]) -> list[InputCase]:
         InputCase(f"{folder.name}_{case.id}", case.images, case.problem)
         for case in cases
     ]
+
+
+def _unnamed(folder: Path, scans: list[Path], channels: Sequence[str]) -> str:
+    names = ", ".join(path.name for path in scans[:4])
+    return describe(
+        f"case folder {folder.name} holds several scans of unknown channels",
+        expected=f"one scan, or names that end with {', '.join(channels)}",
+        found=names + (f" and {len(scans) - 4} more" if len(scans) > 4 else ""),
+        file=folder,
+        remedy="If each is a case, give this folder itself.",
+    )
 
 
 def _ungrouped(path: Path, channels: Sequence[str]) -> InputCase:
