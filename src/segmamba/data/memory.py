@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
 
 import torch
 
@@ -15,38 +14,45 @@ MIB = 2**20
 DEFAULT_MEMORY_MIB = 8 * 1024.0
 """Target where the device doesn't say what it has."""
 USABLE_SHARE = 0.9
-"""Share of a GPU's memory that a training step may fill."""
+"""Share of the memory that a training step may fill."""
 
-# docs/concepts/plan.md says how these were measured. Copies of one tensor of
-# (channels, voxels) that a training step holds for each part of the network:
-_BLOCK_COPIES = 9.0  # a residual block, or a decoder step with its concatenation
-_GSC_COPIES = 12.0  # a gated spatial convolution (four units)
-_MAMBA_COPIES = 26.0  # a Mamba layer with its norm and three directions
-_PREDICTION_COPIES = 6.0  # of the largest level, alive at once without gradients
-_STATE_COPIES = 4  # weights, gradients, momentum, moving average
+# What a training step keeps for its backward pass, in copies of one float32 tensor of
+# (channels, voxels) of that part; docs/concepts/plan.md says how it was measured.
+_RESIDUAL_PROJECTED = 5
+_RESIDUAL = 4
+_DECODER = {"residual": 7, "conv": 4}
+_STAGE_ENTRY = 2
+_GSC = 10
+_SKIP_MLP = 6
+_LAYER_MLP = 10
+_MAMBA = {"cpu": 12, "cuda": 57}  # Numba; plain PyTorch in chunks
+_PREDICTION = 10  # of the largest level, alive at once without gradients
+
+_BYTES = {"cpu": 4.0, "cuda": 2.5}  # float32; bfloat16, but norms keep float32
+_STATE_BYTES = 12  # of a weight: itself, its momentum, its moving average
+_RUNTIME_MIB = 150.0  # buffers of the convolution library
+
+Part = tuple[float, int, int]
+"""Copies, channels and voxels of one module."""
 
 
 def device_memory_mib(device: str) -> float:
-    """Give the memory that planning may fill.
+    """Give the memory of a device, as far as planning cares.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
 
     Returns:
-        MiB: nine tenths of the GPU's memory if it is there, otherwise 8 GiB, so that
-        plans for CPUs are the same everywhere.
+        MiB of the GPU if it is there, otherwise 8 GiB, so that plans for CPUs are the
+        same everywhere.
     """
     if device.startswith("cuda") and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-        return USABLE_SHARE * total / MIB
+        return torch.cuda.get_device_properties(torch.device(device)).total_memory / MIB
     return DEFAULT_MEMORY_MIB
 
 
 def training_memory_mib(
-    network: NetworkConfig,
-    patch_size: Size3,
-    batch_size: int,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    network: NetworkConfig, patch_size: Size3, batch_size: int, device: str = "cpu"
 ) -> float:
     """Estimate the peak memory of a training step.
 
@@ -54,44 +60,42 @@ def training_memory_mib(
         network: A configuration with its strides and channels.
         patch_size: Voxels along (D, H, W).
         batch_size: Patches in a batch.
-        precision: Type of the activations.
+        device: "cpu" (float32, Numba scans) or "cuda" (bfloat16, PyTorch scans).
 
     Returns:
-        MiB for weights, gradients, optimiser and activations; the interpreter's own
-        memory isn't in it. Within about 30 % of what was measured.
+        MiB for weights, gradients, optimiser, moving average and activations, without
+        the interpreter. Within 30 % of what was measured on CPUs.
     """
-    copies = sum(
-        count * channels * voxels
-        for count, channels, voxels in _parts(network, patch_size)
-    )
-    image = network.in_channels + 4 * network.out_channels
-    copies += image * math.prod(patch_size)
-    size = 4 if precision == "fp32" else 2
-    states = 4 * _STATE_COPIES * count_weights(network)
-    return (states + batch_size * size * copies) / MIB
+    kind = _kind(device)
+    parts = _parts(network, patch_size, kind)
+    numbers = sum(copies * channels * voxels for copies, channels, voxels in parts)
+    if network.checkpointing:  # inputs of all modules, and one module at a time
+        largest = max(copies * channels * voxels for copies, channels, voxels in parts)
+        numbers = largest + sum(channels * voxels for _, channels, voxels in parts)
+    numbers += (network.in_channels + 2 * network.out_channels) * math.prod(patch_size)
+    weights = count_weights(network)
+    activations = max(batch_size * _BYTES[kind] * numbers, 4 * weights)
+    return _RUNTIME_MIB + (_STATE_BYTES * weights + activations) / MIB
 
 
 def prediction_memory_mib(
-    network: NetworkConfig,
-    patch_size: Size3,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    network: NetworkConfig, patch_size: Size3, device: str = "cpu"
 ) -> float:
     """Estimate the peak memory of one window's forward pass, without gradients.
 
     Args:
         network: A configuration with its strides and channels.
         patch_size: Voxels of the window along (D, H, W).
-        precision: Type of the activations.
+        device: "cpu" or "cuda", as for training.
 
     Returns:
         MiB for weights and activations.
     """
-    size = 4 if precision == "fp32" else 2
-    largest = max(
-        channels * voxels for _, channels, voxels in _parts(network, patch_size)
-    )
+    kind = _kind(device)
+    parts = _parts(network, patch_size, kind)
+    largest = max(channels * voxels for _, channels, voxels in parts)
     weights = 4 * count_weights(network)
-    return (weights + size * _PREDICTION_COPIES * largest) / MIB
+    return (weights + _BYTES[kind] * _PREDICTION * largest) / MIB
 
 
 def count_weights(network: NetworkConfig) -> int:
@@ -121,19 +125,34 @@ def count_weights(network: NetworkConfig) -> int:
     return total
 
 
-def _parts(network: NetworkConfig, patch: Size3) -> list[tuple[float, int, int]]:
-    """Copies, channels and voxels of each part that keeps activations."""
+def _parts(network: NetworkConfig, patch: Size3, kind: str) -> list[Part]:
+    """What each module keeps for the backward pass."""
     widths, sizes = _level_channels(network), _level_sizes(network, patch)
-    parts = [(2 * _BLOCK_COPIES, widths[0], sizes[0])]
-    for width, voxels in zip(widths[1:], sizes[1:], strict=False):
-        blocks = 1.0 if network.skip_block == "identity" else 2.0
-        parts.append((blocks * _BLOCK_COPIES, width, voxels))
+    levels = list(zip(widths, sizes, strict=True))
+    decoder = _DECODER[network.decoder_block or "residual"]
+    parts: list[Part] = [(_RESIDUAL_PROJECTED, *levels[0])]
+    parts += [(decoder, *level) for level in levels[:-1]]
+    if network.final_block is not False:
+        parts.append((_RESIDUAL, *levels[0]))
+    if network.stem == "serial":
+        parts.append((1, *levels[0]))
+    if network.skip_block != "identity":
+        parts += [(_RESIDUAL_PROJECTED, *level) for level in levels[1:-1]]
+    if network.bottleneck != "none":
+        parts.append((_RESIDUAL_PROJECTED, *levels[-1]))
     for index, channels in enumerate(network.dims):
-        copies = _BLOCK_COPIES * _conv_blocks(network, index)
-        copies += _GSC_COPIES if _has_gsc(network) else 0
-        copies += _MAMBA_COPIES * network.depths[index]
+        copies = _stage_copies(network, index, kind)
         parts.append((copies, channels, sizes[index + 1]))
     return parts
+
+
+def _stage_copies(network: NetworkConfig, index: int, kind: str) -> float:
+    depth = network.depths[index]
+    layer = _MAMBA[kind] + (_LAYER_MLP if network.mlp == "layer" else 0)
+    copies = _STAGE_ENTRY + _RESIDUAL * _conv_blocks(network, index) + depth * layer
+    if _has_gsc(network):
+        copies += _GSC * (depth if network.gsc_per_layer else 1)
+    return copies + (_SKIP_MLP if (network.mlp or "skip") == "skip" else 0)
 
 
 def _level_sizes(network: NetworkConfig, patch: Size3) -> list[int]:
@@ -161,3 +180,7 @@ def _has_gsc(network: NetworkConfig) -> bool:
 
 def _conv_blocks(network: NetworkConfig, index: int) -> int:
     return network.conv_blocks[index] if network.conv_blocks else 0
+
+
+def _kind(device: str) -> str:
+    return "cuda" if device.startswith("cuda") else "cpu"

@@ -18,6 +18,7 @@ from segmamba.data.dataset import Dataset
 from segmamba.data.fingerprint import ChannelFingerprint, Fingerprint
 from segmamba.data.geometry import world_axes
 from segmamba.data.memory import (
+    USABLE_SHARE,
     device_memory_mib,
     prediction_memory_mib,
     training_memory_mib,
@@ -113,7 +114,8 @@ def make_plan(
             are fitted to the data.
         device: "cpu" (patches up to 64^3 voxels, batches of two) or "cuda" (patches
             up to 128^3, batches that fill the memory).
-        memory_mib: MiB that a training step may take; None takes the GPU's, or 8 GiB.
+        memory_mib: The device's memory; a training step may fill nine tenths of it.
+            None takes the GPU's, or 8 GiB.
         overrides: Fields of `Plan` that are decided already, such as
             {"patch_size": [64, 64, 64], "network": {"d_state": 8}}. What depends on
             them follows.
@@ -129,7 +131,7 @@ def make_plan(
     _check_channels(fingerprint, dataset)
     wanted = {**to_dict(network), **_network_overrides(overrides)}
     network = from_dict(NetworkConfig, wanted, source=_OVERRIDES)
-    memory = memory_mib or device_memory_mib(device)
+    memory = USABLE_SHARE * (memory_mib or device_memory_mib(device))
     draft = _draft(fingerprint, dataset, network, device, memory, {})
     chosen = _override(draft, overrides)  # also checks keys and types
     _check_grid(chosen, _OVERRIDES)
@@ -287,7 +289,7 @@ def _draft(
 
     def memory_for(patch: Size3, strides: tuple[Size3, ...], batch: int) -> float:
         fitted = adapt_network(network, strides, channels, outputs)
-        return training_memory_mib(fitted, patch, batch, _precision(device))
+        return training_memory_mib(fitted, patch, batch, device)
 
     def fits(patch: Size3, strides: tuple[Size3, ...]) -> bool:
         if math.prod(patch) > MAX_VOXELS[_kind(device)]:
@@ -349,16 +351,13 @@ def _network_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _estimate(plan: Plan, device: str) -> Plan:
-    precision = _precision(device)
     return dataclasses.replace(
         plan,
         memory_training_mib=round(
-            training_memory_mib(
-                plan.network, plan.patch_size, plan.batch_size, precision
-            )
+            training_memory_mib(plan.network, plan.patch_size, plan.batch_size, device)
         ),
         memory_prediction_mib=round(
-            prediction_memory_mib(plan.network, plan.patch_size, precision)
+            prediction_memory_mib(plan.network, plan.patch_size, device)
         ),
     )
 
@@ -378,7 +377,3 @@ def _check_channels(fingerprint: Fingerprint, dataset: Dataset) -> None:
 
 def _kind(device: str) -> str:
     return "cuda" if device.startswith("cuda") else "cpu"
-
-
-def _precision(device: str) -> Literal["fp32", "bf16"]:
-    return "bf16" if _kind(device) == "cuda" else "fp32"
