@@ -45,3 +45,12 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_small_tensors(request):
+    """Two threads for the kernels that share work out, one for PyTorch's small sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if "numba" in request.node.name else 1)
+    yield
+    torch.set_num_threads(before)

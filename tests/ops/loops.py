@@ -1,4 +1,4 @@
-"""The operators' formulas as loops over NumPy float64, written apart from the package."""
+"""The operators' formulas as float64 loops, written apart from the package."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def token(t, length, order):
 
 def tri_scan(xz, parameters, orders):
     """The tri-orientated scan; parameters are seven lists with a tensor a direction."""
-    batch, length, width = xz.shape
+    _, length, width = xz.shape
     x, z = xz[..., : width // 2], xz[..., width // 2 :]
     total = np.zeros(x.shape)
     for order, direction in zip(orders, zip(*parameters, strict=True), strict=True):

@@ -42,7 +42,7 @@ def make_inputs(length, channels=8, states=3, rank=2, taps=4, count=3, seed=0):
 
 
 def make_orders(length):
-    stride = next(s for s in (13, 8, 7, 5, 3, 1) if length % s == 0)
+    stride = next(s for s in (13, 8, 7, 5, 3, 2, 1) if length % s == 0)
     return ((1, False), (1, True), (stride, False))
 
 
@@ -87,8 +87,19 @@ def gradients(xz, parameters, orders, dtype, backend):
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS[1:])
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 63, 64, 65, 260])
-@pytest.mark.parametrize("sizes", [(8, 3, 2, 4), (48, 16, 3, 4), (20, 4, 5, 2)])
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (1, (8, 3, 2, 4)),
+        (2, (20, 4, 5, 2)),
+        (3, (48, 16, 3, 4)),
+        (7, (8, 3, 2, 4)),
+        (63, (20, 4, 5, 2)),
+        (64, (16, 3, 2, 4)),
+        (65, (48, 16, 3, 4)),
+        (260, (20, 4, 5, 2)),
+    ],
+)
 def test_gradients(poison, length, sizes, backend, dtype, tolerance):
     xz, parameters = make_inputs(length, *sizes)
     orders = make_orders(length)
@@ -116,19 +127,19 @@ def test_slabs_and_segments_give_the_same(threads, monkeypatch, slab):
 
 @pytest.mark.parametrize("backend", ["chunked", "numba"])
 def test_two_runs_give_the_same_bits(backend):
-    xz, parameters = make_inputs(600, 48, 16, 3)
-    arguments = (xz, parameters, make_orders(600), torch.float32, backend)
+    xz, parameters = make_inputs(300, 48, 8, 3)
+    arguments = (xz, parameters, make_orders(300), torch.float32, backend)
     for a, b in zip(gradients(*arguments), gradients(*arguments), strict=True):
         assert torch.equal(a, b)
 
 
 def test_gradcheck():
-    x, p = as_tensors(*make_inputs(6, 2, 2, 1), torch.float64)
+    x, p = as_tensors(*make_inputs(4, 2, 1, 1, 2), torch.float64)
     tensors = [x, *(t for kind in p for t in kind)]
 
     def run(x, *flat):
         kinds = [flat[i : i + 3] for i in range(0, len(flat), 3)]
-        return tri_orientated_scan(x, *kinds, orders=make_orders(6), backend="chunked")
+        return tri_orientated_scan(x, *kinds, orders=make_orders(4), backend="chunked")
 
     assert torch.autograd.gradcheck(run, tensors)
 
