@@ -209,7 +209,8 @@ def test_a_bad_voxel_stops_and_is_named(tiny, tmp_path, precision):
         tmp_path, changed(tiny, precision=precision), make_batch=poisoned(tiny, 7)
     )
     message = (
-        r"not-a-number.*loss of nan at step 7; cases a, case_7; "
+        r"not-a-number.*loss of nan and a gradient norm of nan at step 7; "
+        r"cases a, case_7; "
         r"the image is not finite in sample 1 channel 0 "
         r"\(1 voxels\).*first bad gradient is that of first\.weight.*"
         rf"precision {precision}.*segmamba check"

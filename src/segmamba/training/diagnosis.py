@@ -19,6 +19,7 @@ def explain_not_finite(
     *,
     step: int,
     loss: float,
+    norm: float,
     learning_rate: float,
     precision: str,
 ) -> str:
@@ -29,6 +30,7 @@ def explain_not_finite(
         batch: The failed batch: `image`, `label`, and `case_ids` if it has them.
         step: The step that failed, counted from 0.
         loss: Its loss.
+        norm: The norm of its gradient; infinite too where finite numbers are too large.
         learning_rate: Its learning rate.
         precision: Its autocast type.
 
@@ -39,7 +41,7 @@ def explain_not_finite(
     weight = _first_bad(network, gradients=False)
     gradient = _first_bad(network, gradients=True)
     cases = ", ".join(map(str, getattr(batch, "case_ids", ()) or ()))
-    found = [f"a loss of {loss:g} at step {step}"]
+    found = [f"a loss of {loss:g} and a gradient norm of {norm:g} at step {step}"]
     found += [f"cases {cases}"] if cases else []
     found += [f"the image is {bad_image or 'finite'}"]
     found += [f"the weight {weight} is not finite"] if weight else []

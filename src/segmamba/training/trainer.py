@@ -35,6 +35,7 @@ from segmamba.training.optimizer import build_optimizer, set_learning_rate
 from segmamba.training.prefetch import Prefetcher
 from segmamba.training.results import Pace, Progress, TrainResult
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
+from segmamba.training.shallow_maps import avoid_depth_two
 from segmamba.training.snapshot import (
     network_config,
     restore_run_tensors,
@@ -95,6 +96,8 @@ class Trainer:
         self.device = resolve_device(device)
         self.precision: Precision = precision_for(self.device, config.precision)
         self.network = network.to(self.device)
+        if self.device.type == "cpu" and self.precision == "bf16":
+            avoid_depth_two(self.network)
         self.make_batch = make_batch
         self.loss = loss
         self.config = config
@@ -210,7 +213,7 @@ class Trainer:
         if all(map(math.isfinite, values)):
             self._update(*values)
         else:
-            self._skip_or_stop(batch, values[0], learning_rate)
+            self._skip_or_stop(batch, values, learning_rate)
         self.scaler.update()
         state.step += 1
         state.epoch_patches += len(batch.image)
@@ -235,7 +238,9 @@ class Trainer:
         state.loss_sum += loss
         state.norm_sum += norm
 
-    def _skip_or_stop(self, batch: Batch, loss: float, learning_rate: float) -> None:
+    def _skip_or_stop(
+        self, batch: Batch, values: list[float], learning_rate: float
+    ) -> None:
         """Skip the step if fp16 merely overflowed; else stop and say why."""
         self.state.skipped_in_a_row += 1
         if (
@@ -249,7 +254,8 @@ class Trainer:
                 self.network,
                 batch,
                 step=self.state.step,
-                loss=loss,
+                loss=values[0],
+                norm=values[1],
                 learning_rate=learning_rate,
                 precision=self.precision,
             )
