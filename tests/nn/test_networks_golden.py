@@ -123,14 +123,21 @@ def test_float32_network_equals_the_published_one(name, networks_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "tolerances"),
-    [(torch.float32, (5e-5, 5e-2, 1e-1)), (torch.float64, (1e-6, 1e-6, 1e-6))],
-    ids=["float32", "float64"],
-)
-def test_full_network_equals_the_published_one(dtype, tolerances, networks_folder):
+def test_full_network_equals_the_published_one(networks_folder):
     golden = Golden(networks_folder / f"{LARGE}.safetensors")
-    check(golden, run(golden, dtype), *tolerances)
+    check(golden, run(golden, torch.float32), 5e-5, 5e-2, 1e-1)
+
+
+@pytest.mark.slow
+def test_full_float64_network_gives_the_published_logits(networks_folder):
+    """Forward only: float64 convolutions are slow, and the small networks do both."""
+    golden = Golden(networks_folder / f"{LARGE}.safetensors")
+    network = build(golden, torch.float64)
+    with torch.no_grad():
+        image = torch.from_numpy(recipe(golden, "input", (1, 4, 64, 64, 64)))
+        logits = network(image.double()).numpy()
+    wanted = golden.tensors["output"]
+    assert largest_error(thinned(golden, logits), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("name", SMALL[:1])

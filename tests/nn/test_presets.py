@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -214,6 +215,10 @@ def test_step_sizes_start_properly_in_every_direction():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside
 def test_it_compiles_with_inductor():
     network = create_network(
         "segmamba-light",
