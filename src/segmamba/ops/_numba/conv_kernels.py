@@ -20,6 +20,7 @@ from segmamba.ops._numba.vectors import (
     mul,
     sigmoid,
     splat,
+    splat_at,
     store,
     zeros,
 )
@@ -115,14 +116,14 @@ def _project_rows(plan, first, count, u, projection, code):
                 at = t * width
                 for e in range(width):
                     part = load(projection, e * plan.columns + column)
-                    a0 = fma(splat(u[at + e]), part, a0)
-                    a1 = fma(splat(u[at + width + e]), part, a1)
-                    a2 = fma(splat(u[at + 2 * width + e]), part, a2)
-                    a3 = fma(splat(u[at + 3 * width + e]), part, a3)
-                    a4 = fma(splat(u[at + 4 * width + e]), part, a4)
-                    a5 = fma(splat(u[at + 5 * width + e]), part, a5)
-                    a6 = fma(splat(u[at + 6 * width + e]), part, a6)
-                    a7 = fma(splat(u[at + 7 * width + e]), part, a7)
+                    a0 = fma(splat_at(u, at + e), part, a0)
+                    a1 = fma(splat_at(u, at + width + e), part, a1)
+                    a2 = fma(splat_at(u, at + 2 * width + e), part, a2)
+                    a3 = fma(splat_at(u, at + 3 * width + e), part, a3)
+                    a4 = fma(splat_at(u, at + 4 * width + e), part, a4)
+                    a5 = fma(splat_at(u, at + 5 * width + e), part, a5)
+                    a6 = fma(splat_at(u, at + 6 * width + e), part, a6)
+                    a7 = fma(splat_at(u, at + 7 * width + e), part, a7)
                 at = t * plan.columns + column
                 store(code, at, a0)
                 store(code, at + plan.columns, a1)
@@ -137,7 +138,7 @@ def _project_rows(plan, first, count, u, projection, code):
                 total = zeros()
                 for e in range(width):
                     part = load(projection, e * plan.columns + column)
-                    total = fma(splat(u[(t + r) * width + e]), part, total)
+                    total = fma(splat_at(u, (t + r) * width + e), part, total)
                 store(code, (t + r) * plan.columns + column, total)
 
 

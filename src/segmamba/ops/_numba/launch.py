@@ -217,6 +217,27 @@ def _segment_ends(
     return ends
 
 
+def partial_sums(plan: ScanPlan) -> Tensor:
+    """Memory for `run_scan_backward`.
+
+    Args:
+        plan: A plan; those of other slabs may use the same memory.
+
+    Returns:
+        (blocks, batch, pitch, rank + 2 G N), of which a slab uses `groups` first ones.
+    """
+    matrices = plan.blocks // plan.blocks_per_matrix
+    width = plan.rank + 2 * matrices * plan.states
+    return torch.empty(plan.blocks, plan.batch, plan.pitch, width)
+
+
+def _add_up(parts: Tensor) -> Tensor:
+    """Sum over the first axis in place, in order."""
+    for part in parts[1:]:
+        parts[0] += part
+    return parts[0]
+
+
 def run_scan_backward(
     plan: ScanPlan,
     inputs: ScanInputs,
@@ -224,6 +245,7 @@ def run_scan_backward(
     grad_y: Tensor,
     behind: Tensor,
     grad_u: Tensor,
+    partial: Tensor,
 ) -> ScanGradients:
     """Differentiate `run_scan`.
 
@@ -234,19 +256,18 @@ def run_scan_backward(
         grad_y: (batch, L, E) in token order.
         behind: Adjoint after the slab, (batch, 1, blocks, N, 16).
         grad_u: (batch, pitch, E), written.
+        partial: From `partial_sums`, overwritten.
 
     Returns:
         The other gradients, and the adjoint before the slab.
     """
     parts, channels = plan.batch * plan.segments, plan.blocks * LANES
-    matrices = plan.blocks // plan.blocks_per_matrix
-    width = plan.rank + 2 * matrices * plan.states
     steps = torch.empty(0 if plan.rank else inputs.u.shape)
     rates = torch.zeros(parts, *inputs.rates.shape)
     weight = torch.zeros(parts, plan.rank, channels)
     bias, skip = torch.zeros(parts, channels), torch.zeros(parts, channels)
-    make = torch.empty if matrices == 1 else torch.zeros
-    partial = make(plan.groups, plan.batch, plan.pitch, width)
+    if plan.blocks_per_matrix < plan.blocks:
+        partial[: plan.groups].zero_()
     before = torch.empty_like(behind)
     ends = _segment_ends(plan, inputs, grad_y, behind)
     outputs = (before, grad_u, steps, rates, weight, bias, skip, partial)
@@ -263,7 +284,7 @@ def run_scan_backward(
         weight=weight.sum(0),
         bias=bias.sum(0),
         skip=skip.sum(0),
-        matrices=partial[0] if plan.groups == 1 else partial.sum(0),
+        matrices=_add_up(partial[: plan.groups]),
     )
 
 

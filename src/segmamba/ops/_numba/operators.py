@@ -13,6 +13,7 @@ from segmamba.ops._numba.launch import (
     ScanInputs,
     block_rates,
     conv_plan,
+    partial_sums,
     run_conv,
     run_conv_backward,
     run_scan,
@@ -80,7 +81,9 @@ def scan_rows_backward(
     last = last.unflatten(2, (-1, LANES)).transpose(1, 2).contiguous()
     rows = pad_rows(grad_y, groups).contiguous()
     grad_u = torch.empty_like(inputs.u)
-    grads = run_scan_backward(plan, inputs, kept, rows, last.unsqueeze(1), grad_u)
+    grads = run_scan_backward(
+        plan, inputs, kept, rows, last.unsqueeze(1), grad_u, partial_sums(plan)
+    )
     of_b, of_c = grads.matrices.unflatten(-1, (2, groups, -1)).unbind(2)
     return (
         unpad_rows(grad_u, groups, channels),

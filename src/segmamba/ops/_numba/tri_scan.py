@@ -14,10 +14,10 @@ from torch import Tensor
 
 from segmamba.ops._layout import LANES, TAPS, TILE, kept_shape, pad_axis
 from segmamba.ops._numba.launch import (
-    ScanGradients,
     ScanInputs,
     block_rates,
     conv_plan,
+    partial_sums,
     run_conv,
     run_conv_backward,
     run_gate,
@@ -93,10 +93,11 @@ def _walks(
 ) -> Iterator[_Walk]:
     batch, length, width = xz.shape
     rows = _slabs(batch, length, width // 2)[0][1]
-    u = xz.new_empty(batch, rows, width // 2)
+    pitch = rows + TAPS - 1
+    u = xz.new_empty(batch, pitch, width // 2)
     for order, direction in zip(orders, directions, strict=True):
         projection = pad_axis(direction[2].T, -1, LANES).contiguous()
-        code = xz.new_empty(batch, rows, projection.shape[1])
+        code = xz.new_empty(batch, pitch, projection.shape[1])
         rates = block_rates(-torch.exp(direction[5]))
         yield _Walk(xz, order, direction, u, code, projection, rates)
 
@@ -160,33 +161,35 @@ def tri_scan_backward(
     grad_xz = torch.empty_like(xz)
     gate = conv_plan(xz, y.shape[2], (1, False))
     grad_y = run_gate_backward(gate, grad, y, xz, grad_xz)
-    gradients = []
+    gradients, grad_u = [], None
     for k, walk in enumerate(_walks(xz, directions, orders)):
-        gradients.append(_return_walk(walk, kept[k], grad_y, grad_xz, k > 0))
+        grad_u = torch.empty_like(walk.u) if grad_u is None else grad_u
+        gradients.append(_return_walk(walk, kept[k], grad_y, grad_u, grad_xz, k > 0))
     return grad_xz, gradients
 
 
 def _return_walk(
-    walk: _Walk, kept: Tensor, grad_y: Tensor, grad_xz: Tensor, accumulate: bool
+    walk: _Walk,
+    kept: Tensor,
+    grad_y: Tensor,
+    grad_u: Tensor,
+    grad_xz: Tensor,
+    accumulate: bool,
 ) -> list[Tensor]:
     """Gradients of a direction's parameters; adds to the first half of grad_xz."""
     batch, length, _ = walk.xz.shape
+    slabs = _slabs(batch, length, walk.channels)
     totals = [torch.zeros_like(p) for p in walk.direction]
-    adjoint = None
-    grad_u = walk.u.new_empty(batch, walk.u.shape[1] + TAPS - 1, walk.channels)
-    for slab in reversed(_slabs(batch, length, walk.channels)):
-        inputs = walk.prepare(slab)
-        plan = walk.plan(slab)
-        if adjoint is None:
-            adjoint = torch.zeros(state_shape(plan, 1))
-        rows = slab[1]
+    plan = walk.plan(slabs[0])
+    adjoint, partial = torch.zeros(state_shape(plan, 1)), partial_sums(plan)
+    for slab in reversed(slabs):
+        inputs, plan, rows = walk.prepare(slab), walk.plan(slab), slab[1]
         behind = grad_u[:, : TAPS - 1].clone()
-        scan = _return_scan(walk, plan, inputs, kept, grad_y, adjoint, grad_u)
-        grad_u[:, rows : rows + TAPS - 1] = behind
+        scan = run_scan_backward(plan, inputs, kept, grad_y, adjoint, grad_u, partial)
         adjoint = scan.before
+        of_proj = _return_projection(walk, scan.matrices, grad_u, rows)
+        grad_u[:, rows : rows + TAPS - 1] = behind
         of_conv = _return_conv(walk, slab, grad_u, grad_xz, accumulate)
-        codes = scan.matrices[:, :rows].flatten(0, 1)
-        of_proj = torch.matmul(codes.T, walk.u[:, :rows].flatten(0, 1))
         of_log = scan.A * -torch.exp(walk.direction[5])
         parts = (*of_conv, of_proj, scan.weight, scan.bias, of_log, scan.skip)
         for total, part in zip(totals, parts, strict=True):
@@ -194,22 +197,15 @@ def _return_walk(
     return totals
 
 
-def _return_scan(
-    walk: _Walk,
-    plan: ScanPlan,
-    inputs: ScanInputs,
-    kept: Tensor,
-    grad_y: Tensor,
-    adjoint: Tensor,
-    grad_u: Tensor,
-) -> ScanGradients:
-    """A slab's scan and projection back to grad_u's first rows."""
-    rows = walk.u.new_empty(walk.u.shape)
-    scan = run_scan_backward(plan, inputs, kept, grad_y, adjoint, rows)
-    used = slice(0, plan.rows)
-    through = torch.matmul(scan.matrices[:, used], walk.direction[2])
-    torch.add(through, rows[:, used], out=grad_u[:, used])
-    return scan
+def _return_projection(walk: _Walk, codes: Tensor, grad_u: Tensor, rows: int) -> Tensor:
+    """Add to grad_u what comes through x_proj; the gradient of x_proj."""
+    x_proj = walk.direction[2]
+    total = torch.zeros_like(x_proj)
+    for case in range(codes.shape[0]):
+        used = codes[case, :rows]
+        grad_u[case, :rows].addmm_(used, x_proj)
+        total.addmm_(used.T, walk.u[case, :rows])
+    return total
 
 
 def _return_conv(

@@ -266,6 +266,17 @@ def splat(typing_context, scalar):
 
 
 @intrinsic
+def splat_at(typing_context, array, index):
+    """Put one float of an array in all 16 places."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments)
+        return _splat(builder, builder.load(address))
+
+    return VECTOR(array, types.intp), generate
+
+
+@intrinsic
 def splat_wide(typing_context, array, index):
     """Put each of 4 floats of an array in 16 places."""
 
