@@ -94,7 +94,9 @@ def run_demo(
     baseline = None
     if data is None:
         train_ids = [case.id for case in dataset.cases if case.id not in held_out]
-        baseline = threshold_baseline(dataset, train_ids, held_out, progress=progress)
+        baseline = threshold_baseline(
+            dataset, train_ids, held_out, progress=staged(progress, "thresholds")
+        )
     figure = _draw(dataset, metrics, outcome.folder, output / "figure.png")
     lines = _closing_lines(output, figure, simulated=data is None)
     return DemoResult(metrics, baseline, _table(metrics, baseline), lines)
