@@ -14,6 +14,7 @@ from segmamba.ops._layout import LANES, STATES, TILE
 from segmamba.ops._numba.scan_kernels import (
     copy_state,
     fill_steps,
+    floats,
     list_tokens,
     split_task,
 )
@@ -203,11 +204,11 @@ def adjoint_segment(
     """Walk a segment back from a zero adjoint: the one before it, and the sum of dt."""
     case, first, last, begin, end, _, segment = split_task(plan, task)
     size = plan.states * LANES
-    dt = np.empty(TILE * LANES, np.float32)
+    dt = floats(TILE * LANES)
     no_slope = np.empty(0, np.float32)
-    rows = np.empty(TILE * LANES, np.float32)
+    rows = floats(TILE * LANES)
     tokens = np.empty(TILE, np.int64)
-    adjoint = np.empty(size, np.float32)
+    adjoint = floats(size)
     for block in range(first, last):
         shared = block // plan.blocks_per_matrix * plan.states
         adjoint[:] = 0.0
@@ -274,13 +275,13 @@ def scan_backward(
     size = plan.states * LANES
     width = plan.blocks * LANES
     lane = (last - first) * LANES
-    dt = np.empty(TILE * LANES, np.float32)
-    slope = np.empty(TILE * LANES if plan.rank > 0 else 0, np.float32)
-    grad_dt = np.empty(TILE * LANES, np.float32)
-    decays = np.empty(TILE * size, np.float32)
-    history = np.empty((TILE + 1) * size, np.float32)
-    rows = np.empty(TILE * lane, np.float32)
-    sums = np.empty(TILE * (plan.rank + 2 * plan.states) * LANES, np.float32)
+    dt = floats(TILE * LANES)
+    slope = floats(TILE * LANES if plan.rank > 0 else 0)
+    grad_dt = floats(TILE * LANES)
+    decays = floats(TILE * size)
+    history = floats((TILE + 1) * size)
+    rows = floats(TILE * lane)
+    sums = floats(TILE * (plan.rank + 2 * plan.states) * LANES)
     tokens = np.empty(TILE, np.int64)
     place = case * plan.segments + segment
     of_rates = grad_rates[place * plan.blocks * size : (place + 1) * plan.blocks * size]
@@ -288,7 +289,8 @@ def scan_backward(
     of_bias = grad_bias[place * width : (place + 1) * width]
     of_skip = grad_skip[place * width : (place + 1) * width]
     at = (place * plan.blocks + first) * size
-    adjoint = ends[at : at + (last - first) * size].copy()
+    adjoint = floats((last - first) * size)
+    adjoint[:] = ends[at : at + adjoint.size]
     for tile in range(end - 1, begin - 1, -1):
         start = plan.offset + tile * TILE
         count = min(TILE, plan.offset + plan.rows - start)

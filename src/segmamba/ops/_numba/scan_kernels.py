@@ -29,6 +29,14 @@ from segmamba.ops._numba.vectors import (
 
 
 @kernel
+def floats(size):
+    """Memory on a cache line's start, so that no vector lies across two lines."""
+    raw = np.empty(size + LANES, np.float32)
+    first = -(raw.ctypes.data // 4) % LANES
+    return raw[first : first + size]
+
+
+@kernel
 def split_task(plan, task):
     """Case, first and last block, first and last tile, group and segment of a task."""
     group = task % plan.groups
@@ -164,9 +172,9 @@ def scan_segment_ends(task, plan, u, code, weight, bias, rates, matrix_b, ends, 
     """First walk of a segment, from a zero state: its last state and sum of dt."""
     case, first, last, begin, end, _, segment = split_task(plan, task)
     size = plan.states * LANES
-    dt = np.empty(TILE * LANES, np.float32)
+    dt = floats(TILE * LANES)
     no_slope = np.empty(0, np.float32)
-    state = np.empty(size, np.float32)
+    state = floats(size)
     for block in range(first, last):
         place = (case * plan.segments + segment) * plan.blocks + block
         state[:] = 0.0
@@ -206,11 +214,11 @@ def scan_forward(
     case, first, last, begin, end, _, segment = split_task(plan, task)
     size = plan.states * LANES
     lane = (last - first) * LANES
-    dt = np.empty(TILE * LANES, np.float32)
+    dt = floats(TILE * LANES)
     no_slope = np.empty(0, np.float32)
-    y = np.empty(TILE * lane, np.float32)
+    y = floats(TILE * lane)
     tokens = np.empty(TILE, np.int64)
-    state = np.empty((last - first) * size, np.float32)
+    state = floats((last - first) * size)
     place = (case * plan.segments + segment) * plan.blocks + first
     state[:] = starts[place * size : place * size + state.size]
     for tile in range(begin, end):
