@@ -13,6 +13,7 @@ from segmamba._version import __version__
 
 if TYPE_CHECKING:
     from segmamba import ops, workflow
+    from segmamba.checkpoint import load_checkpoint
     from segmamba.config import NetworkConfig, TrainConfig
     from segmamba.data.layouts import load_dataset
     from segmamba.errors import (
@@ -49,6 +50,7 @@ __all__ = [
     "Volume",
     "__version__",
     "create_network",
+    "load_checkpoint",
     "load_dataset",
     "load_model",
     "load_published_weights",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "segmamba.checkpoint": ("load_checkpoint",),
     "segmamba.config": ("NetworkConfig", "TrainConfig"),
     "segmamba.data.layouts": ("load_dataset",),
     "segmamba.errors": tuple(name for name in __all__ if name.endswith("Error")),

@@ -178,7 +178,16 @@ class TrainConfig:
     """Threads that prepare batches ahead."""
 
 
-PRESET_TRAINING: dict[str, dict[str, Any]] = {"segmamba-light": {}}
+PRESET_TRAINING: dict[str, dict[str, Any]] = {
+    "segmamba-light": {
+        "optimizer": "adamw",
+        "learning_rate": 3e-3,
+        "weight_decay": 1e-2,
+        "warmup": 0.05,
+        "ema_decay": 0.99,
+        "iterations_per_epoch": 25,
+    }
+}
 """Settings of TrainConfig that suit a preset better than the general defaults."""
 
 

@@ -12,7 +12,7 @@ from segmamba.training.prefetch import AHEAD, Prefetcher
 
 
 def threads() -> list[threading.Thread]:
-    names = [item for item in threading.enumerate() if "segmamba" in item.name]
+    names = [item for item in threading.enumerate() if "segmamba-batches" in item.name]
     return [item for item in names if item.is_alive()]
 
 

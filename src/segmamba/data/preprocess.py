@@ -214,9 +214,9 @@ def _crop_box(oriented: Array, crop: bool) -> Box:
 
 
 def _as_tensor(logits: Array | torch.Tensor) -> torch.Tensor:
-    if isinstance(logits, torch.Tensor):
-        return logits.detach()
-    return torch.from_numpy(logits if logits.flags.writeable else logits.copy())
+    if isinstance(logits, np.ndarray):
+        return torch.from_numpy(logits if logits.flags.writeable else logits.copy())
+    return logits.detach()
 
 
 def _decode(piece: torch.Tensor, scheme: LabelScheme) -> Array:

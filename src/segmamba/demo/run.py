@@ -24,7 +24,7 @@ SIMULATED = (
     "These tumours are simulated on one healthy template brain: the scores show that "
     "the software works, and say nothing about patients."
 )
-SETTINGS = RunSettings(plan={"patch_size": [48, 48, 48]})
+SETTINGS = RunSettings(plan={"patch_size": [40, 40, 40]})
 """Small patches: more steps in the minutes that a demo has."""
 
 

@@ -22,7 +22,7 @@ from segmamba.workflow.steps import load_run_plan
 
 Rows = list[tuple[str, str]]
 
-PACKAGES = ("segmamba", "torch", "numpy", "scipy", "numba", "nibabel", "SimpleITK")
+PACKAGES = ("segmamba", "torch", "numpy", "scipy", "numba", "nibabel")
 
 
 def info(run: Path | str | None = None) -> dict[str, Rows]:
