@@ -1,0 +1,151 @@
+"""The whole job on a tiny data set, step by step and through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import segmamba
+from segmamba import cli, workflow
+from segmamba.errors import ConfigError, FormatError
+from segmamba.io import read_volume
+
+
+def test_a_run_holds_what_the_docs_say(project: Path) -> None:
+    fold = project / "run" / "fold_0"
+    for name in ("dataset.json", "fingerprint.json", "plan.json", "splits.json"):
+        assert json.loads((project / "run" / name).read_text())
+    for name in ("config.yaml", "checkpoint.safetensors", "model.safetensors"):
+        assert (fold / name).stat().st_size > 0
+    assert (fold / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines = (fold / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_held_out_cases_are_scored(project: Path) -> None:
+    splits = json.loads((project / "run" / "splits.json").read_text())
+    metrics = json.loads((project / "run" / "fold_0" / "metrics.json").read_text())
+    assert sorted(metrics["cases"]) == sorted(splits[0]["val"])
+    assert metrics["summary"]["ball"]["dice"]["n"] == len(splits[0]["val"])
+    assert not set(splits[0]["train"]) & set(splits[0]["val"])
+
+
+def test_label_maps_lie_where_the_scans_do(project: Path) -> None:
+    scan = read_volume(project / "data" / "imagesTr" / "case_0.nii.gz")
+    found = read_volume(project / "predictions" / "case_0.nii.gz")
+    assert found.shape == scan.shape
+    np.testing.assert_allclose(found.affine, scan.affine)
+    assert set(np.unique(found.array)) <= {0, 1}
+
+
+def test_a_loaded_model_gives_what_predict_wrote(project: Path) -> None:
+    model = segmamba.load_model(project / "run", device="cpu", mirror=False)
+    result = model(project / "data" / "imagesTr" / "case_0.nii.gz")
+    written = read_volume(project / "predictions" / "case_0.nii.gz")
+    np.testing.assert_array_equal(result.label_map, written.array[0])
+
+
+def test_a_finished_run_is_resumed_to_the_same_weights(project: Path) -> None:
+    model = project / "run" / "fold_0" / "model.safetensors"
+    before = segmamba.load_checkpoint(model)[0]
+    workflow.train(
+        project / "data",
+        project / "run",
+        config=project / "settings.yaml",
+        device="cpu",
+        resume=True,
+    )
+    after = segmamba.load_checkpoint(model)[0]
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_is_not_overwritten(project: Path) -> None:
+    with pytest.raises(ConfigError, match="resume"):
+        workflow.train(
+            project / "data",
+            project / "run",
+            config=project / "settings.yaml",
+            device="cpu",
+        )
+
+
+def test_fold_all_trains_on_every_case(project: Path) -> None:
+    result = workflow.train(
+        project / "data",
+        project / "run",
+        fold="all",
+        config=project / "settings.yaml",
+        device="cpu",
+        max_epochs=1,
+    )
+    assert result.metrics is None
+    assert (project / "run" / "fold_all" / "model.safetensors").exists()
+
+
+def test_another_preset_needs_another_run(project: Path) -> None:
+    with pytest.raises(ConfigError, match="another network"):
+        workflow.train(project / "data", project / "run", preset="segmamba-v1")
+
+
+def test_broken_data_are_refused_before_planning(project: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(project / "data", data)
+    (data / "labelsTr" / "case_2.nii.gz").unlink()
+    with pytest.raises(FormatError, match="case_2"):
+        workflow.plan(data, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_commands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = project / "out.json"
+    assert cli.main(["check", str(project / "data")]) == 0
+    assert cli.main(["info"]) == 0
+    assert cli.main(["info", str(project / "run")]) == 0
+    words = [str(project / "predictions"), str(project / "data"), "-o", str(metrics)]
+    assert cli.main(["evaluate", *words]) == 0
+    assert "ball" in capsys.readouterr().out
+    assert set(json.loads(metrics.read_text())) >= {"cases", "summary", "rules"}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["check", "nowhere"], "nowhere"),
+        (["train", "nowhere", "-o", "run"], "nowhere"),
+        (["train", "data", "-o", "run", "--fold", "9"], "fold"),
+        (["train", "data", "-o", "run", "--fold", "x"], "fold"),
+        (["train", "data", "-o", "run", "--max-time", "soon"], "10m"),
+        (["train", "data", "-o", "run", "--config", "none.yaml"], "none.yaml"),
+        (["train", "data", "-o", "new", "--preset", "segmamber"], "segmamba"),
+        (["train", "data", "-o", "new", "--device", "cuda:7"], "CUDA"),
+        (["predict", "data", "data", "-o", "out"], "run"),
+        (["predict", "run", "nothing.nii.gz", "-o", "out"], "nothing.nii.gz"),
+        (["evaluate", "predictions", "nowhere", "-o", "m.json"], "nowhere"),
+        (["info", "data"], "run"),
+    ],
+)
+def test_mistakes_get_one_text_and_no_traceback(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(project)
+    assert cli.main(words) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error:")
+    assert text in shown
+    assert "Traceback" not in shown
+    assert "unforeseen" not in shown
+
+
+def test_durations() -> None:
+    assert cli.parse_duration("1h30m") == 5400
+    assert cli.parse_duration("90s") == 90
+    assert cli.parse_duration("45") == 45
+    assert cli.parse_duration(None) is None
