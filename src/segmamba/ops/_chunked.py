@@ -1,8 +1,8 @@
 """The scan in plain PyTorch without a Python loop over all L steps.
 
-The length is cut into chunks of about sqrt(L) steps. One loop walks the steps inside all
-chunks at once, a second one walks the chunks. Decays are multiplied, never divided by,
-so nothing overflows. `docs/concepts/selective-scan.md` has the formulas.
+The length is cut into chunks of about sqrt(L) steps. One loop walks the steps inside
+all chunks at once, a second one walks the chunks. Decays are multiplied, never divided
+by, so nothing overflows. `docs/concepts/selective-scan.md` has the formulas.
 """
 
 from __future__ import annotations

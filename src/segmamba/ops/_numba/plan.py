@@ -15,11 +15,12 @@ _EXTRA_WALK = 0.8
 class ScanPlan(NamedTuple):
     """Sizes, layouts and cuts of one slab of a scan; plain integers for kernels.
 
-    A slab is the positions offset .. offset + rows - 1 of all cases. A task is one case,
-    one group of channel blocks, one segment of the slab's tiles. A block is 16 channels.
+    A slab is the positions offset .. offset + rows - 1 of all cases. A task is one
+    case, one group of channel blocks, one segment of the slab's tiles. A block is 16
+    channels.
 
-    u, the gradient of u, and the arrays that hold code, B and C are by position: row t of
-    the slab of case b is row b * pitch + t. What goes to and comes from tokens has all
+    u, the gradient of u, and the arrays that hold code, B and C are by position: row t
+    of the slab of case b is row b * pitch + t. What goes to and comes from tokens has all
     L rows.
     """
 

@@ -1,0 +1,92 @@
+"""Put measured figures into README.md and the docs: python benchmarks/tables.py.
+
+Each JSON file in benchmarks/results was written by a command of this repository. Text
+between `<!-- figures: NAME -->` and `<!-- end -->` is replaced by the table of NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGES = ("README.md", "docs/reference/results.md")
+MARK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def score_rows(title: str, command: str, metrics: dict[str, Any]) -> list[str]:
+    """One row of a table: mean Dice and HD95 of each label on held-out cases."""
+    summary = metrics["summary"]
+    dice = [row["dice"]["mean"] for row in summary.values()]
+    cells = [f"{name} {row['dice']['mean']:.3f}" for name, row in summary.items()]
+    hd95 = [f"{row['hd95_mm']['mean']:.1f}" for row in summary.values()]
+    return [
+        f"| {title} | {len(metrics['cases'])} | {sum(dice) / len(dice):.3f} | "
+        f"{', '.join(cells)} | {' / '.join(hd95)} | `{command}` |"
+    ]
+
+
+SCORED = {
+    "demo": ("simulated tumours, 3 minutes", "make demo"),
+    "hippocampus-cpu": (
+        "Decathlon hippocampus, 20 minutes",
+        "segmamba train Task04_Hippocampus -o run --max-time 20m",
+    ),
+}
+
+
+def scores() -> str:
+    """Whole-volume scores of the runs that the docs describe."""
+    lines = [
+        "| data, training on 2 CPU cores | held-out cases | mean Dice | Dice | "
+        "HD95 mm | command |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, (title, command) in SCORED.items():
+        if (RESULTS / f"{name}.json").exists():
+            lines += score_rows(title, command, load(name))
+    return "\n".join(lines) + "\n"
+
+
+def tuning(name: str) -> str:
+    """Every training setting that was tried for segmamba-light, losers too."""
+    lines = ["| run | data | steps | mean Dice |", "| --- | --- | --- | --- |"]
+    results = load(name)
+    data = {item["name"]: item["data"] for item in results["experiments"]}
+    lines += [
+        f"| {row['name']} | {data[row['name']]} | {row['steps']} | {row['mean']:.3f} |"
+        for row in sorted(results["rows"], key=lambda row: -row["mean"])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "scores": scores,
+    "light-tuning-first": lambda: tuning("light-tuning-first"),
+    "light-tuning": lambda: tuning("light-tuning"),
+}
+
+
+def render(text: str) -> str:
+    """Give a page with its tables made anew."""
+    return MARK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def main() -> int:
+    for name in PAGES:
+        page = REPOSITORY / name
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
