@@ -31,6 +31,7 @@ from segmamba.ops._numba.vectors import (
     splat_wide,
     store,
     total,
+    totals,
     widen,
     zeros,
 )
@@ -177,24 +178,34 @@ def return_steps(
 
 
 @kernel
+def sum_span(sums, source, partial, target, count):
+    """Write the totals of `count` vectors."""
+    whole = count // LANES * LANES
+    for n in range(0, whole, LANES):
+        store(partial, target + n, totals(sums, source + n * LANES))
+    for n in range(whole, count):
+        partial[target + n] = total(load(sums, source + n * LANES))
+
+
+@kernel
 def sum_channels(plan, case, group, block, start, count, sums, partial):
     """Sum a tile's gradients of code, B and C over the channels of this task."""
     states = plan.states
     matrices = plan.blocks // plan.blocks_per_matrix
     matrix = block // plan.blocks_per_matrix
     width = plan.rank + 2 * states * matrices
+    span = plan.rank + 2 * states
     for t in range(count):
         row = (group * plan.batch + case) * plan.pitch + start - plan.offset + t
-        source = t * (plan.rank + 2 * states) * LANES
-        for q in range(plan.rank):
-            partial[row * width + q] = total(load(sums, source + q * LANES))
-        b_place = row * width + plan.rank + matrix * states
-        c_place = b_place + matrices * states
-        source += plan.rank * LANES
-        for n in range(states):
-            at = source + n * LANES
-            partial[b_place + n] = total(load(sums, at))
-            partial[c_place + n] = total(load(sums, at + states * LANES))
+        source = t * span * LANES
+        target = row * width
+        if matrices == 1:
+            sum_span(sums, source, partial, target, span)
+            continue
+        target += matrix * states
+        sum_span(sums, source, partial, target, states)
+        source += states * LANES
+        sum_span(sums, source, partial, target + matrices * states, states)
 
 
 @kernel

@@ -331,3 +331,30 @@ def total(typing_context, vector):
         )
 
     return types.float32(vector), generate
+
+
+@intrinsic
+def totals(typing_context, array, index):
+    """Add each of 16 vectors, one behind the other, up; as 16 floats in their order."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = arguments
+        address = _address(context, builder, signature.args[0], array, index)
+        kind = ir.VectorType(_FLOAT, LANES).as_pointer()
+        even = _integers(LANES, range(0, 2 * LANES, 2))
+        odd = _integers(LANES, range(1, 2 * LANES, 2))
+        rows = []
+        for n in range(LANES):
+            place = builder.gep(address, [ir.Constant(_INT, n * LANES)])
+            rows.append(builder.load(builder.bitcast(place, kind), align=4))
+        while len(rows) > 1:
+            rows = [
+                builder.fadd(
+                    builder.shuffle_vector(a, b, even),
+                    builder.shuffle_vector(a, b, odd),
+                )
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        return rows[0]
+
+    return VECTOR(array, types.intp), generate
