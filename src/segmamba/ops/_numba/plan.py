@@ -20,8 +20,8 @@ class ScanPlan(NamedTuple):
     channels.
 
     u, the gradient of u, and the arrays that hold code, B and C are by position: row t
-    of the slab of case b is row b * pitch + t. What goes to and comes from tokens has all
-    L rows.
+    of the slab of case b is row b * pitch + t. What goes to and comes from tokens has
+    all L rows.
     """
 
     batch: int
