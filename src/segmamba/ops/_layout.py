@@ -15,6 +15,9 @@ STATES = 4
 Four independent chains of arithmetic keep the processor's units busy.
 """
 
+ROWS = 8
+"""Rows, or columns, that a small matrix product handles at once."""
+
 TAPS = 4
 """Taps of the convolution; fewer are padded in front."""
 

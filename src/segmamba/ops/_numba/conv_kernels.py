@@ -6,12 +6,11 @@ scan order. The convolution has 4 taps; fewer are padded with zeros in front.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from segmamba.ops._layout import LANES, TAPS, TILE
-from segmamba.ops._numba.scan_kernels import list_tokens
+from segmamba.ops._numba.projection_kernels import multiply_rows
+from segmamba.ops._numba.rows import list_tokens, split_rows
 from segmamba.ops._numba.tasks import kernel
 from segmamba.ops._numba.vectors import (
     add,
@@ -20,43 +19,11 @@ from segmamba.ops._numba.vectors import (
     mul,
     sigmoid,
     splat,
-    splat_at,
     store,
     zeros,
 )
 
 _MINUS_ONE = np.float32(-1.0)
-
-
-class ConvPlan(NamedTuple):
-    """Sizes and layout of one slab of a convolution; plain integers for kernels.
-
-    Row t of the slab of case b is row b * pitch + t of u and of the projection.
-    """
-
-    batch: int
-    length: int
-    offset: int
-    rows: int
-    pitch: int
-    blocks: int
-    stride: int
-    reverse: int
-    x_width: int
-    """Floats of a row of x, of which the first `blocks` blocks are meant."""
-    columns: int
-    """Floats of a row of the projection, a multiple of 16; 0 for none."""
-    silu: int
-    tiles: int
-    tasks: int
-    """Tasks of a case."""
-
-
-@kernel
-def _task_tiles(plan, task):
-    part = task % plan.tasks
-    begin = part * plan.tiles // plan.tasks
-    return task // plan.tasks, begin, (part + 1) * plan.tiles // plan.tasks
 
 
 @kernel
@@ -103,49 +70,9 @@ def _convolve_block(plan, case, count, first, column, x, tokens, weight, bias, u
 
 
 @kernel
-def _project_rows(plan, first, count, u, projection, code):
-    """Code = u projection for a tile, 8 rows at a time."""
-    width = plan.blocks * LANES
-    for begin in range(0, count, 8):
-        t = first + max(0, min(begin, count - 8))
-        rows = min(8, count)
-        for column in range(0, plan.columns, LANES):
-            if rows == 8:
-                a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
-                a4, a5, a6, a7 = zeros(), zeros(), zeros(), zeros()
-                at = t * width
-                for e in range(width):
-                    part = load(projection, e * plan.columns + column)
-                    a0 = fma(splat_at(u, at + e), part, a0)
-                    a1 = fma(splat_at(u, at + width + e), part, a1)
-                    a2 = fma(splat_at(u, at + 2 * width + e), part, a2)
-                    a3 = fma(splat_at(u, at + 3 * width + e), part, a3)
-                    a4 = fma(splat_at(u, at + 4 * width + e), part, a4)
-                    a5 = fma(splat_at(u, at + 5 * width + e), part, a5)
-                    a6 = fma(splat_at(u, at + 6 * width + e), part, a6)
-                    a7 = fma(splat_at(u, at + 7 * width + e), part, a7)
-                at = t * plan.columns + column
-                store(code, at, a0)
-                store(code, at + plan.columns, a1)
-                store(code, at + 2 * plan.columns, a2)
-                store(code, at + 3 * plan.columns, a3)
-                store(code, at + 4 * plan.columns, a4)
-                store(code, at + 5 * plan.columns, a5)
-                store(code, at + 6 * plan.columns, a6)
-                store(code, at + 7 * plan.columns, a7)
-                continue
-            for r in range(rows):
-                total = zeros()
-                for e in range(width):
-                    part = load(projection, e * plan.columns + column)
-                    total = fma(splat_at(u, (t + r) * width + e), part, total)
-                store(code, (t + r) * plan.columns + column, total)
-
-
-@kernel
 def conv_forward(task, plan, x, weight, bias, projection, u, code):
     """Convolve a task's rows, and project them if the plan has columns."""
-    case, begin, end = _task_tiles(plan, task)
+    case, begin, end = split_rows(plan, task)
     width = plan.blocks * LANES
     tokens = np.empty(TILE + TAPS, np.int64)
     for tile in range(begin, end):
@@ -157,7 +84,19 @@ def conv_forward(task, plan, x, weight, bias, projection, u, code):
             _convolve_block(
                 plan, case, count, first, column, x, tokens, weight, bias, u
             )
-        _project_rows(plan, first, count, u, projection, code)
+        if plan.columns > 0:
+            multiply_rows(
+                u,
+                first * width,
+                width,
+                projection,
+                plan.columns,
+                width,
+                code,
+                first * plan.columns,
+                count,
+                0,
+            )
 
 
 @kernel
@@ -230,7 +169,7 @@ def conv_backward(
     grad_u holds, behind the slab, the 3 rows that follow it. grad_x rows lie as x's do.
     grad_weight (tasks, 4, E) and grad_bias (tasks, E) start at zero.
     """
-    case, begin, end = _task_tiles(plan, task)
+    case, begin, end = split_rows(plan, task)
     width = plan.blocks * LANES
     tokens = np.empty(TILE + 2 * TAPS, np.int64)
     of_weight = grad_weight[task * TAPS * width : (task + 1) * TAPS * width]
@@ -264,7 +203,7 @@ def conv_backward(
 @kernel
 def gate_forward(task, plan, y, xz, out):
     """Out = y silu(z), z being the second half of xz's rows; out may be y."""
-    case, begin, end = _task_tiles(plan, task)
+    case, begin, end = split_rows(plan, task)
     width = plan.blocks * LANES
     first = case * plan.length + begin * TILE
     last = case * plan.length + min(plan.length, end * TILE)
@@ -278,7 +217,7 @@ def gate_forward(task, plan, y, xz, out):
 @kernel
 def gate_backward(task, plan, grad, y, xz, grad_y, grad_xz):
     """grad_y = grad silu(z), and the second half of grad_xz's rows."""
-    case, begin, end = _task_tiles(plan, task)
+    case, begin, end = split_rows(plan, task)
     width = plan.blocks * LANES
     first = case * plan.length + begin * TILE
     last = case * plan.length + min(plan.length, end * TILE)

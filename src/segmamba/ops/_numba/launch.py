@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from segmamba.ops._layout import LANES
-from segmamba.ops._numba import conv_kernels, scan_backward_kernels, scan_kernels
-from segmamba.ops._numba.conv_kernels import ConvPlan
+from segmamba.ops._numba import (
+    conv_kernels,
+    projection_kernels,
+    scan_backward_kernels,
+    scan_kernels,
+)
 from segmamba.ops._numba.plan import (
+    ConvPlan,
     ScanPlan,
     cut_tasks,
     state_shape,
@@ -26,7 +31,7 @@ from segmamba.ops._numba.plan import (
 from segmamba.ops._numba.tasks import run_tasks
 
 # So many tasks a case: enough for many cores, and the same sums whatever their number.
-_CONV_TASKS = 64
+_CONV_TASKS = 16
 
 
 class ScanInputs(NamedTuple):
@@ -57,7 +62,8 @@ class ScanGradients(NamedTuple):
     bias: Tensor
     skip: Tensor
     matrices: Tensor
-    """Of code, B and C side by side, (batch, pitch, rank + 2 G N)."""
+    """Of code, B and C side by side, for each group of channels by itself:
+    (groups, batch, pitch, rank + 2 G N)."""
 
 
 def flat(x: Tensor) -> np.ndarray:
@@ -231,13 +237,6 @@ def partial_sums(plan: ScanPlan) -> Tensor:
     return torch.empty(plan.blocks, plan.batch, plan.pitch, width)
 
 
-def _add_up(parts: Tensor) -> Tensor:
-    """Sum over the first axis in place, in order."""
-    for part in parts[1:]:
-        parts[0] += part
-    return parts[0]
-
-
 def run_scan_backward(
     plan: ScanPlan,
     inputs: ScanInputs,
@@ -284,7 +283,7 @@ def run_scan_backward(
         weight=weight.sum(0),
         bias=bias.sum(0),
         skip=skip.sum(0),
-        matrices=_add_up(partial[: plan.groups]),
+        matrices=partial[: plan.groups],
     )
 
 
@@ -395,6 +394,37 @@ def run_conv_backward(
         *map(flat, (grad_weight, grad_bias)),
     )
     return grad_weight.sum(0), grad_bias.sum(0)
+
+
+def run_projection_backward(
+    plan: ConvPlan,
+    matrices: Tensor,
+    projection: Tensor,
+    u: Tensor,
+    grad_u: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Differentiate the projection in `run_conv`.
+
+    Args:
+        plan: The convolution's plan.
+        matrices: Gradients of the projected rows, (groups, batch, pitch, width).
+        projection: Its transpose, (width padded to a multiple of 8, E).
+        u: (batch, pitch, E).
+        grad_u: (batch, pitch, E), added to.
+        gradient: (tasks at least, padded width, E), to whose sum over tasks the
+            gradient of `projection` is added. Summed once for all slabs, because that
+            wakes torch's threads.
+    """
+    groups, width = matrices.shape[0], matrices.shape[-1]
+    run_tasks(
+        projection_kernels.projection_backward,
+        plan.batch * plan.tasks,
+        plan,
+        groups,
+        width,
+        *map(flat, (matrices, projection, u, grad_u, gradient)),
+    )
 
 
 def run_gate(plan: ConvPlan, y: Tensor, xz: Tensor, out: Tensor) -> None:

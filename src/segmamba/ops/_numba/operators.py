@@ -84,7 +84,7 @@ def scan_rows_backward(
     grads = run_scan_backward(
         plan, inputs, kept, rows, last.unsqueeze(1), grad_u, partial_sums(plan)
     )
-    of_b, of_c = grads.matrices.unflatten(-1, (2, groups, -1)).unbind(2)
+    of_b, of_c = grads.matrices.sum(0).unflatten(-1, (2, groups, -1)).unbind(2)
     return (
         unpad_rows(grad_u, groups, channels),
         unpad_rows(grads.steps, groups, channels),

@@ -47,6 +47,30 @@ class ScanPlan(NamedTuple):
     segments: int
 
 
+class ConvPlan(NamedTuple):
+    """Sizes and layout of one slab of a convolution; plain integers for kernels.
+
+    Row t of the slab of case b is row b * pitch + t of u and of the projection.
+    """
+
+    batch: int
+    length: int
+    offset: int
+    rows: int
+    pitch: int
+    blocks: int
+    stride: int
+    reverse: int
+    x_width: int
+    """Floats of a row of x, of which the first `blocks` blocks are meant."""
+    columns: int
+    """Floats of a row of the projection, a multiple of 16; 0 for none."""
+    silu: int
+    tiles: int
+    tasks: int
+    """Tasks of a case."""
+
+
 def tile_count(length: int) -> int:
     """Tiles that cover a sequence.
 

@@ -11,11 +11,10 @@ import math
 import numpy as np
 
 from segmamba.ops._layout import LANES, STATES, TILE
+from segmamba.ops._numba.rows import floats, list_tokens
 from segmamba.ops._numba.scan_kernels import (
     copy_state,
     fill_steps,
-    floats,
-    list_tokens,
     split_task,
 )
 from segmamba.ops._numba.tasks import kernel

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from segmamba.ops._layout import LANES, STATES, TILE
+from segmamba.ops._numba.rows import floats, list_tokens
 from segmamba.ops._numba.tasks import kernel
 from segmamba.ops._numba.vectors import (
     add,
@@ -29,14 +30,6 @@ from segmamba.ops._numba.vectors import (
 
 
 @kernel
-def floats(size):
-    """Memory on a cache line's start, so that no vector lies across two lines."""
-    raw = np.empty(size + LANES, np.float32)
-    first = -(raw.ctypes.data // 4) % LANES
-    return raw[first : first + size]
-
-
-@kernel
 def split_task(plan, task):
     """Case, first and last block, first and last tile, group and segment of a task."""
     group = task % plan.groups
@@ -48,24 +41,6 @@ def split_task(plan, task):
     begin = segment * plan.tiles // plan.segments
     end = (segment + 1) * plan.tiles // plan.segments
     return case, first, last, begin, end, group, segment
-
-
-@kernel
-def list_tokens(plan, start, count, tokens):
-    """Write the tokens at positions start .. start + count - 1."""
-    size = plan.length // plan.stride
-    position = plan.length - 1 - start if plan.reverse else start
-    slow, fast = position // plan.stride, position % plan.stride
-    for t in range(count):
-        tokens[t] = fast * size + slow
-        if plan.reverse:
-            fast -= 1
-            if fast < 0:
-                fast, slow = plan.stride - 1, slow - 1
-        else:
-            fast += 1
-            if fast == plan.stride:
-                fast, slow = 0, slow + 1
 
 
 @kernel

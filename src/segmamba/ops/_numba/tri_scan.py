@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segmamba.ops._layout import LANES, TAPS, TILE, kept_shape, pad_axis
+from segmamba.ops._layout import LANES, ROWS, TAPS, TILE, kept_shape, pad_axis
 from segmamba.ops._numba.launch import (
     ScanInputs,
     block_rates,
@@ -22,11 +22,12 @@ from segmamba.ops._numba.launch import (
     run_conv_backward,
     run_gate,
     run_gate_backward,
+    run_projection_backward,
     run_scan,
     run_scan_backward,
     scan_plan,
 )
-from segmamba.ops._numba.plan import ScanPlan, state_shape
+from segmamba.ops._numba.plan import ConvPlan, ScanPlan, state_shape
 
 Direction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Conv taps (4, E), conv bias (E), x_proj (r + 2N, E), dt_proj (r, E), its bias (E),
@@ -66,10 +67,8 @@ class _Walk:
             order=self.order,
         )
 
-    def prepare(self, slab: tuple[int, int]) -> ScanInputs:
-        """Convolve and project a slab."""
-        taps, offset, _, dt_proj, dt_bias, _, D = self.direction
-        plan = conv_plan(
+    def conv_plan(self, slab: tuple[int, int]) -> ConvPlan:
+        return conv_plan(
             self.xz,
             self.channels,
             self.order,
@@ -77,6 +76,11 @@ class _Walk:
             pitch=self.u.shape[1],
             columns=self.code.shape[2],
         )
+
+    def prepare(self, slab: tuple[int, int]) -> ScanInputs:
+        """Convolve and project a slab."""
+        taps, offset, _, dt_proj, dt_bias, _, D = self.direction
+        plan = self.conv_plan(slab)
         run_conv(plan, self.xz, taps, offset, self.u, self.projection, self.code)
         code = self.code
         return ScanInputs(self.u, code, dt_proj, dt_bias, self.rates, code, code, D)
@@ -179,46 +183,27 @@ def _return_walk(
     """Gradients of a direction's parameters; adds to the first half of grad_xz."""
     batch, length, _ = walk.xz.shape
     slabs = _slabs(batch, length, walk.channels)
-    totals = [torch.zeros_like(p) for p in walk.direction]
+    totals = [torch.zeros_like(p) for i, p in enumerate(walk.direction) if i != 2]
     plan = walk.plan(slabs[0])
     adjoint, partial = torch.zeros(state_shape(plan, 1)), partial_sums(plan)
+    x_proj = pad_axis(walk.direction[2], -2, ROWS)
+    tasks = batch * walk.conv_plan(slabs[0]).tasks
+    of_proj = x_proj.new_zeros(tasks, *x_proj.shape)
     for slab in reversed(slabs):
         inputs, plan, rows = walk.prepare(slab), walk.plan(slab), slab[1]
         behind = grad_u[:, : TAPS - 1].clone()
         scan = run_scan_backward(plan, inputs, kept, grad_y, adjoint, grad_u, partial)
         adjoint = scan.before
-        of_proj = _return_projection(walk, scan.matrices, grad_u, rows)
+        conv = walk.conv_plan(slab)
+        run_projection_backward(conv, scan.matrices, x_proj, walk.u, grad_u, of_proj)
         grad_u[:, rows : rows + TAPS - 1] = behind
-        of_conv = _return_conv(walk, slab, grad_u, grad_xz, accumulate)
+        taps, offset = walk.direction[:2]
+        of_conv = run_conv_backward(
+            conv, walk.xz, taps, offset, grad_u, grad_xz, accumulate=accumulate
+        )
         of_log = scan.A * -torch.exp(walk.direction[5])
-        parts = (*of_conv, of_proj, scan.weight, scan.bias, of_log, scan.skip)
+        parts = (*of_conv, scan.weight, scan.bias, of_log, scan.skip)
         for total, part in zip(totals, parts, strict=True):
             total += part
+    totals.insert(2, of_proj.sum(0)[: walk.direction[2].shape[0]])
     return totals
-
-
-def _return_projection(walk: _Walk, codes: Tensor, grad_u: Tensor, rows: int) -> Tensor:
-    """Add to grad_u what comes through x_proj; the gradient of x_proj."""
-    x_proj = walk.direction[2]
-    total = torch.zeros_like(x_proj)
-    for case in range(codes.shape[0]):
-        used = codes[case, :rows]
-        grad_u[case, :rows].addmm_(used, x_proj)
-        total.addmm_(used.T, walk.u[case, :rows])
-    return total
-
-
-def _return_conv(
-    walk: _Walk,
-    slab: tuple[int, int],
-    grad_u: Tensor,
-    grad_xz: Tensor,
-    accumulate: bool,
-) -> tuple[Tensor, Tensor]:
-    plan = conv_plan(
-        walk.xz, walk.channels, walk.order, slab=slab, pitch=grad_u.shape[1]
-    )
-    taps, offset = walk.direction[:2]
-    return run_conv_backward(
-        plan, walk.xz, taps, offset, grad_u, grad_xz, accumulate=accumulate
-    )
