@@ -35,7 +35,7 @@ Output = Annotated[Path, arg(aliases=["-o"])]
 class Check:
     """Find every problem of a data set, by file; exit code 1 if there is any."""
 
-    data: Positional[Path]
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
     """Folder of a data set (Decathlon, nnU-Net raw, BraTS), or a CSV file."""
     json: Path | None = None
     """Also write everything found to this JSON file."""
@@ -61,7 +61,7 @@ class Check:
 class Plan:
     """Write fingerprint.json and plan.json, readable and editable."""
 
-    data: Positional[Path]
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
     """Folder of a data set, or a CSV file."""
     output: Output
     """Run folder."""
@@ -97,7 +97,7 @@ class Plan:
 class Train:
     """Train a network; does whatever comes before it and is missing."""
 
-    data: Positional[Path]
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
     """Folder of a data set, or a CSV file."""
     output: Output
     """Run folder."""
@@ -203,9 +203,9 @@ class Predict:
 class Evaluate:
     """Score label maps against references."""
 
-    predictions: Positional[Path]
+    predictions: Annotated[Positional[Path], arg(metavar="PREDICTIONS")]
     """Folder of predicted label maps."""
-    references: Positional[Path]
+    references: Annotated[Positional[Path], arg(metavar="REFERENCES")]
     """Folder of reference label maps, or a data set."""
     output: Output
     """JSON file to write."""

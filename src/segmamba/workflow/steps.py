@@ -99,8 +99,8 @@ def plan(
         fingerprint,
         dataset,
         network=network,
-        device=target.type,
-        memory_mib=memory_mib if memory_mib is not None else device_memory_mib(target),
+        device=str(target),
+        memory_mib=memory_mib,
         overrides=_plan_overrides(settings),
     )
     save_plan(RunFolder(Path(run)).plan, decided)
@@ -110,13 +110,6 @@ def plan(
 def default_preset(device: torch.device) -> str:
     """Name the network that suits a device."""
     return "segmamba-light" if device.type == "cpu" else "segmamba"
-
-
-def device_memory_mib(device: torch.device) -> float | None:
-    """Give a GPU's memory in MiB; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory / 2**20
 
 
 def measure(
