@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,25 +136,48 @@ def measure(side: int, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+class PeakMemory:
+    """Resident memory above that at the start, sampled every two milliseconds."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.highest = resident_mib()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.002):
+            self.highest = max(self.highest, resident_mib())
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    @property
+    def mib(self) -> int:
+        return round(self.highest - self.before)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE / 2**20
+
+
 def own_peak(mode: str, side: int) -> int:
-    """MiB that one forward, or forward and backward, adds to this process's peak."""
-    import resource
-
-    def used() -> int:
-        unit = 1024 * 1024 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
-
+    """MiB that one forward, or forward and backward, needs beyond its parameters."""
     small = Layer(4, torch.float32, "auto")
     small(torch.randn(1, 64, CHANNELS)).sum().backward()
     layer = Layer(side, torch.float32, "auto")
     h = torch.randn(1, side**3, CHANNELS)
-    before = used()
-    if mode == "forward":
-        with torch.no_grad():
-            layer(h)
-    else:
-        layer(h.requires_grad_()).sum().backward()
-    return used() - before
+    with PeakMemory() as memory:
+        if mode == "forward":
+            with torch.no_grad():
+                layer(h)
+        else:
+            layer(h.requires_grad_()).sum().backward()
+    return memory.mib
 
 
 def peak(mode: str, side: int) -> int:

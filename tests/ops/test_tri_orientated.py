@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -356,3 +357,15 @@ def test_import_compiles_nothing_and_needs_no_numba():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_several_python_threads_may_call_at_once():
+    """Numba's own threading layer would crash or mix results up."""
+    xz, parameters = make_inputs(600, 32, 4, 3)
+    arguments = (xz, parameters, make_orders(600), torch.float32, "numba")
+    expected = gradients(*arguments)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: gradients(*arguments), range(8)))
+    for result in results:
+        for a, b in zip(result, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -7,11 +7,14 @@ second OpenMP into torch's process, or can't be called from two threads at once.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -32,9 +35,23 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder is writable, not even the user's cache
         return numba.njit(**options)(function)
+    # Numba looks at the function's own file only, and kernels inline one another. The
+    # attribute is private; without it, edits need an emptied cache.
+    with contextlib.suppress(AttributeError):
+        compiled._cache._cache_file._source_stamp = _sources_stamp()
+    return compiled
+
+
+@functools.cache
+def _sources_stamp() -> tuple[tuple[str, float, int], ...]:
+    """Changes when any of the files that make kernels does."""
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parent / "_layout.py"]
+    stats = [(f.name, f.stat()) for f in files if f.exists()]
+    return tuple((name, stat.st_mtime, stat.st_size) for name, stat in stats)
 
 
 def run_tasks(function: Callable[..., None], count: int, *arguments: Any) -> None:
