@@ -45,7 +45,9 @@ def test_blocks_run(
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     for language, text in blocks(page):
-        if "predict" in text:  # a folder takes the predictions of one model
+        if re.search(
+            r"\bpredict(_cases)?\b", text
+        ):  # a folder takes the predictions of one model
             shutil.rmtree("predictions", ignore_errors=True)
         if language == "bash":
             for line in text.splitlines():

@@ -31,7 +31,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
         ("lint-imports",),
-        ("basedpyright", "--level", "error"),
+        ("basedpyright", "--level", "error", "--pythonpath", sys.executable),
     ],
     ids=["lint", "format", "walls", "types"],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import zlib
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, cast
 
 from isal import isal_zlib
 
@@ -17,6 +17,9 @@ SCAN_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
 Format = Literal["nifti", "nrrd", "mha"]
 
 GZIP_MAGIC = b"\x1f\x8b"
+# isal's type stub calls its exception class an instance
+INFLATION_ERRORS = (cast("type[Exception]", isal_zlib.error), zlib.error, EOFError)
+"""What a broken compressed stream raises."""
 MAX_INFLATION = 1032
 """Most bytes that one byte of deflate can turn into (RFC 1951: 258 bytes in 2 bits)."""
 
@@ -128,7 +131,7 @@ def inflate_head(path: Path, data: bytes, size: int) -> bytes:
     """
     try:
         return isal_zlib.decompressobj(wbits=31).decompress(data, size)
-    except (isal_zlib.error, zlib.error, EOFError) as error:
+    except INFLATION_ERRORS as error:
         raise TruncatedFileError(
             describe(
                 "a gzip stream is broken",

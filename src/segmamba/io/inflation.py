@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
 from isal import isal_zlib
 
 from segmamba.errors import describe
-from segmamba.io.formats import GZIP_MAGIC, TruncatedFileError
+from segmamba.io.formats import GZIP_MAGIC, INFLATION_ERRORS, TruncatedFileError
 
 GZIP = 31
 ZLIB = 15
@@ -87,7 +86,7 @@ def _reach_checksum(path: Path, stream: Any, most: int) -> None:
 def _decompress(path: Path, stream: Any, data: bytes | memoryview, most: int) -> bytes:
     try:
         return stream.decompress(data, most)
-    except (isal_zlib.error, zlib.error, EOFError, MemoryError, OverflowError) as error:
+    except (*INFLATION_ERRORS, MemoryError, OverflowError) as error:
         raise TruncatedFileError(
             describe(
                 "a compressed stream is broken",

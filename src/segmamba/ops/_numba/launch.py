@@ -352,11 +352,11 @@ def run_conv(
         code: (batch, pitch, columns); written.
     """
     nothing = bias[:0]
-    last = (nothing, u, nothing) if code is None else (projection, u, code)
+    if projection is None or code is None:
+        projection = code = nothing
     count = plan.batch * plan.tasks
-    run_tasks(
-        conv_kernels.conv_forward, count, plan, *map(flat, (x, weight, bias, *last))
-    )
+    tensors = (x, weight, bias, projection, u, code)
+    run_tasks(conv_kernels.conv_forward, count, plan, *map(flat, tensors))
 
 
 def run_conv_backward(

@@ -35,7 +35,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        compiled = numba.njit(cache=True, **options)(function)
+        compiled: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder is writable, not even the user's cache
         return numba.njit(**options)(function)
     # Numba looks at the function's own file only, and kernels inline one another. The
