@@ -77,9 +77,42 @@ def tuning(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+CPU_RATIOS = (
+    ("forward_to_conv_x4_ncdhw", "forward", "four 3x3x3 convolutions", "cpu_scan"),
+    (
+        "forward_to_conv_x4_channels_last",
+        "forward",
+        "the same, channels-last",
+        "cpu_scan",
+    ),
+    ("backward_to_forward", "backward", "its own forward", "cpu_scan"),
+    (
+        "whole_to_no_scan",
+        "network at 128^3, forward",
+        "the same without its scans",
+        "cpu_network",
+    ),
+    (
+        "whole_to_no_layer",
+        "network at 128^3, forward",
+        "the same without its Mamba layers",
+        "cpu_network",
+    ),
+)
+
+
+def cpu_ratios() -> str:
+    """Times of the scan on a CPU, each over something measured in the same run."""
+    lines = ["| time of | over that of | ratio |", "| --- | --- | --- |"]
+    for key, what, other, name in CPU_RATIOS:
+        lines.append(f"| {what} | {other} | {load(name)['ratio_medians'][key]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: scores(SCORED),
     "brief": lambda: scores(BRIEF),
+    "cpu-ratios": cpu_ratios,
     "light-tuning-first": lambda: tuning("light-tuning-first"),
     "light-tuning": lambda: tuning("light-tuning"),
 }
