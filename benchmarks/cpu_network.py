@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_network.py --out benchmarks/results/cpu_network.json
 
-One forward pass of preset `segmamba` on 1 x 4 x 128^3, float32, without gradient, and in
-turn the same with
+One forward pass of preset `segmamba` on 1 x 4 x 128^3, float32, without gradient, and
+in turn the same with
 
 - "no_scan": the causal convolution, the scan and the gate of each layer left out, its
   projections kept;
