@@ -26,6 +26,38 @@ def _numba_is_available() -> bool:
     return _numba_status() == "available"
 
 
+@functools.cache
+def triton_status() -> str:
+    """Say whether Triton's kernels can run here.
+
+    Returns:
+        "available", or the reason why not. Triton's interpreter, which runs them on
+        CPU tensors for tests, counts as available.
+    """
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:
+        return f"triton can't be imported ({type(error).__name__}: {error})"
+    if triton_is_interpreted():
+        return "available"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU that Triton's kernels run on"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip is None and (major, minor) < (7, 0):
+        return f"the GPU's compute capability is {major}.{minor}, and Triton needs 7.0"
+    return "available"
+
+
+@functools.cache
+def triton_is_interpreted() -> bool:
+    """Say whether Triton's interpreter is on: TRITON_INTERPRET=1, which Triton reads."""
+    try:
+        knobs = importlib.import_module("triton.knobs")
+    except Exception:
+        return False  # no Triton, or one before 3.4
+    return bool(knobs.runtime.interpret)
+
+
 def available_backends() -> dict[str, str]:
     """Say which back ends can run on this machine.
 
