@@ -35,7 +35,7 @@ def triton_status() -> str:
         CPU tensors for tests, counts as available.
     """
     try:
-        triton = importlib.import_module("triton")
+        importlib.import_module("triton")
     except Exception as error:
         return f"triton can't be imported ({type(error).__name__}: {error})"
     if triton_is_interpreted():
@@ -50,7 +50,7 @@ def triton_status() -> str:
 
 @functools.cache
 def triton_is_interpreted() -> bool:
-    """Say whether Triton's interpreter is on: TRITON_INTERPRET=1, which Triton reads."""
+    """Say whether Triton's interpreter is on (Triton reads TRITON_INTERPRET=1)."""
     try:
         knobs = importlib.import_module("triton.knobs")
     except Exception:
