@@ -24,6 +24,7 @@ def test_all_is_sorted_and_complete() -> None:
         "TrainingError",
         "Volume",
         "__version__",
+        "compare",
         "create_network",
         "load_checkpoint",
         "load_dataset",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         preset_names,
         published_state_dict,
     )
+    from segmamba.workflow.compare import compare
 
 __all__ = [
     "BackendUnavailableError",
@@ -49,6 +50,7 @@ __all__ = [
     "TrainingError",
     "Volume",
     "__version__",
+    "compare",
     "create_network",
     "load_checkpoint",
     "load_dataset",
@@ -75,6 +77,7 @@ _HOMES = {
         "preset_names",
         "published_state_dict",
     ),
+    "segmamba.workflow.compare": ("compare",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -75,15 +75,10 @@ def compare_scores(
     check_comparable(models)
     chosen = _choose_metrics(models, metrics)
     names = _choose_labels(models[0].labels, labels)
-    cases = sorted(models[0].cases)
-    values = {
-        (label, metric): _values(models, cases, label, metric)
-        for label in names
-        for metric in chosen
-    }
+    values = score_arrays(models, names, chosen)
     return {
         "models": [_describe_model(model) for model in models],
-        "cases": cases,
+        "cases": sorted(models[0].cases),
         "labels": names,
         "metrics": [
             {"name": m, "higher_is_better": HIGHER_IS_BETTER[m]} for m in chosen
@@ -93,6 +88,31 @@ def compare_scores(
         "ranking": _rankings([m.name for m in models], values, resamples, seed),
         "method": _describe_method(resamples, seed),
         "rules": models[0].rules,
+    }
+
+
+def score_arrays(
+    models: Sequence[Scores], labels: Sequence[str], metrics: Sequence[str]
+) -> dict[tuple[str, str], FloatArray]:
+    """Arrange scores for pairing.
+
+    Args:
+        models: Scored on the same cases and labels.
+        labels: Which to take.
+        metrics: Which to take.
+
+    Returns:
+        (label, metric) to (cases, models), cases sorted by id; a case whose value is
+        undefined for one model is NaN for all.
+
+    Raises:
+        ConfigError: A score is neither a number nor null.
+    """
+    cases = sorted(models[0].cases)
+    return {
+        (label, metric): _values(models, cases, label, metric)
+        for label in labels
+        for metric in metrics
     }
 
 

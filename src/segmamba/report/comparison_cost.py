@@ -1,0 +1,84 @@
+"""What a model costs, as far as its folder says."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import struct
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from segmamba.training.logger import read_log
+from segmamba.types import JsonDict
+
+MODEL_FILE = "model.safetensors"
+LOG_FILE = "log.jsonl"
+
+
+def model_cost(files: Sequence[Path]) -> JsonDict:
+    """Read a model's cost from the folders beside its scores.
+
+    Args:
+        files: Its `metrics.json`, one a fold.
+
+    Returns:
+        "parameters" (of the first fold with weights), "ms_per_step" (median over the
+        folds' epochs, the first epoch apart, validation not counted),
+        "peak_memory_mib" (largest in the logs) and "training_s" (all folds together);
+        None for what isn't there.
+    """
+    folders = [file.parent for file in files]
+    logs = [read_log(folder / LOG_FILE) for folder in folders]
+    times = [time for log in logs for time in step_times_ms(log)]
+    peaks = [line.get("peak_memory_mib") for log in logs for line in log]
+    known = [peak for peak in peaks if isinstance(peak, (int, float))]
+    spent = [log[-1].get("elapsed_s") for log in logs if log]
+    whole = [s for s in spent if isinstance(s, (int, float))]
+    counts = (count_parameters(folder / MODEL_FILE) for folder in folders)
+    return {
+        "parameters": next((count for count in counts if count is not None), None),
+        "ms_per_step": statistics.median(times) if times else None,
+        "peak_memory_mib": max(known) if known else None,
+        "training_s": sum(whole) if len(whole) == len(files) else None,
+    }
+
+
+def step_times_ms(log: Sequence[JsonDict]) -> list[float]:
+    """Give the mean time of a step, epoch by epoch.
+
+    Args:
+        log: Lines of a `log.jsonl`.
+
+    Returns:
+        Milliseconds, without the first epoch (compiling, waking up) if there are more.
+    """
+    times, before = [], 0
+    for line in log:
+        steps, seconds = line.get("step", 0) - before, line.get("seconds")
+        before = line.get("step", 0)
+        if steps > 0 and isinstance(seconds, (int, float)):
+            times.append(1000 * seconds / steps)
+    return times[1:] if len(times) > 1 else times
+
+
+def count_parameters(file: Path) -> int | None:
+    """Count the numbers in a safetensors file by its header, without reading them.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Their number; None if the file isn't there or isn't such a file.
+
+    Source:
+        The format: eight bytes of length, then that much JSON.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, 2**26)))
+        shapes = [v["shape"] for k, v in header.items() if k != "__metadata__"]
+        return sum(prod(shape) for shape in shapes)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return None
