@@ -236,6 +236,47 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare models on the same cases: intervals, paired tests, ranking, cost."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+    """Two or more run folders, folders of one fold, or metrics.json files."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder for comparison.json, .md, .tex, .html and .png."""
+    names: tuple[str, ...] | None = None
+    """What to call the models; default: their folders' names."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics; default: Dice, HD95, surface Dice, and lesion-wise if all have them."""
+    labels: tuple[str, ...] | None = None
+    """Labels; default: all."""
+    resamples: int = 2000
+    """Bootstrap draws of intervals and rankings."""
+    seed: int = 12345
+    """Of all draws."""
+
+    def run(self) -> int:
+        """Compare and print the tables."""
+        from segmamba.report.comparison_tables import comparison_tables
+        from segmamba.workflow.compare import compare
+
+        comparison = compare(
+            self.runs,
+            self.output,
+            names=self.names,
+            metrics=self.metrics,
+            labels=self.labels,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        for table in comparison_tables(comparison):
+            print_table(table.title, table.header, table.rows)
+            say(table.note)
+        if self.output is not None:
+            say(f"Written to {self.output / 'comparison.html'} and beside it.")
+        return 0
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what is installed and usable here; or what a run is."""
 
@@ -289,6 +330,7 @@ COMMANDS = {
     "train": Train,
     "predict": Predict,
     "evaluate": Evaluate,
+    "compare": Compare,
     "info": Info,
     "demo": Demo,
 }
