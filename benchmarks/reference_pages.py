@@ -47,6 +47,10 @@ def settings() -> str:
         "## network\n\nNone means: as the preset. Each preset has its own values; "
         "the defaults shown are those of `segmamba`.\n",
         table(config.NetworkConfig),
+        "### network, for the other networks\n\nWith the presets "
+        + ", ".join(f"`{name}`" for name in config.PEER_NAMES)
+        + " the section holds these instead ([the networks](networks.md)).\n",
+        table(config.PeerConfig),
         "## plan\n\nNormally decided from the data; see [the plan]"
         "(../concepts/plan.md).\n",
         table(plan.Plan),

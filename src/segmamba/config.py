@@ -91,6 +91,61 @@ class NetworkConfig:
     """Channels at full resolution; 0 takes those of the first stage."""
     convolution_init: Literal["torch", "he"] | None = None
     """Start of convolutions: torch's default as published, or He's."""
+    mixer: (
+        Literal["tom", "large-kernel", "window-attention", "self-attention"] | None
+    ) = None
+    """What mixes the tokens of a layer: the tri-orientated Mamba, a depth-wise 7x7x7
+    convolution, attention in shifted windows of 7x7x7, or among all tokens."""
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """Everything that defines a network of another paper, weights aside.
+
+    None means that the network has no such setting, or "the preset's".
+    """
+
+    name: str = "unet"
+    """Preset: unet, resenc, uxnet, segresnet, unetr, swinunetr, swinunetr-v2 or
+    mednext."""
+    in_channels: int = 1
+    """Image channels."""
+    out_channels: int = 2
+    """Channels of the logits: classes, or regions."""
+    base_channels: int | None = None
+    """Channels of the first stage; each later one has twice as many (segresnet, unetr,
+    swinunetr, swinunetr-v2, mednext)."""
+    dims: tuple[int, ...] | None = None
+    """Channels of each stage (unet, resenc, uxnet)."""
+    depths: tuple[int, ...] | None = None
+    """Blocks of each stage of the encoder (all but unetr)."""
+    strides: tuple[Size3, ...] | None = None
+    """Down-sampling along (D, H, W): in front of each stage of uxnet, of each but the
+    first of unet and resenc; the others' are fixed."""
+    hidden_size: int | None = None
+    """Channels of the deepest block (uxnet) or of the tokens (unetr)."""
+    patch_size: Size3 | None = None
+    """Size of the images, for which unetr learns positions; the plan's."""
+    deep_supervision: bool = False
+    """Give logits at lower resolutions too while training (unet, resenc, mednext)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass (swinunetr, swinunetr-v2)."""
+
+
+AnyNetworkConfig = NetworkConfig | PeerConfig
+"""A configuration of any network."""
+
+PEER_NAMES = (
+    "unet",
+    "resenc",
+    "uxnet",
+    "segresnet",
+    "unetr",
+    "swinunetr",
+    "swinunetr-v2",
+    "mednext",
+)
+"""Presets that a PeerConfig describes; all others are a NetworkConfig's."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +306,37 @@ def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> 
     return cls(**values)
 
 
+def network_class(name: object) -> type[NetworkConfig] | type[PeerConfig]:
+    """Give the dataclass that describes a network.
+
+    Args:
+        name: Its preset; one that is unknown counts as SegMamba's.
+
+    Returns:
+        NetworkConfig or PeerConfig.
+    """
+    return PeerConfig if name in PEER_NAMES else NetworkConfig
+
+
+def network_from_dict(
+    data: Any, *, source: str = "the configuration"
+) -> AnyNetworkConfig:
+    """Build a network's configuration from plain values, strictly.
+
+    Args:
+        data: A mapping of fields; its `name` says of which dataclass.
+        source: What the error names, such as a file.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: As `from_dict`; a setting of another kind of network is unknown.
+    """
+    name = data.get("name") if isinstance(data, dict) else None
+    return from_dict(network_class(name), data, source=source)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass into plain nested values for JSON or YAML."""
     return dataclasses.asdict(config)
@@ -319,6 +405,8 @@ def _convert_union(value: Any, args: Any, where: str, source: str) -> Any:
     if value is None and type(None) in args:
         return None
     options = [arg for arg in args if arg is not type(None)]
+    if options == [NetworkConfig, PeerConfig]:
+        return network_from_dict(value, source=source)
     error: ConfigError | None = None
     for option in options:
         try:

@@ -206,7 +206,7 @@ class MambaLayer(nn.Module):
 
     Args:
         channels: Channels of the map.
-        mixer: The ToM.
+        mixer: The ToM, or what takes its place: from tokens and size to tokens.
         mlp: Whether the perceptron, with four times the channels inside, is there.
         gsc: Gated spatial convolution in front: "add", "mul", "paper" or "none".
     """
@@ -214,7 +214,7 @@ class MambaLayer(nn.Module):
     def __init__(
         self,
         channels: int,
-        mixer: TriOrientatedMamba,
+        mixer: nn.Module,
         *,
         mlp: bool = False,
         gsc: str = "none",

@@ -9,8 +9,15 @@ from typing import Any, get_args
 
 from torch import nn
 
-from segmamba.config import NetworkConfig, Orientation, from_dict
+from segmamba.config import (
+    AnyNetworkConfig,
+    NetworkConfig,
+    Orientation,
+    PeerConfig,
+    from_dict,
+)
 from segmamba.errors import ConfigError, describe
+from segmamba.nn.peers import PEERS, build_peer, peer_config
 from segmamba.nn.segmamba import SegMamba
 from segmamba.types import Size3
 
@@ -31,6 +38,7 @@ _HEAD = NetworkConfig(
     final_block=True,
     base_channels=0,
     convolution_init="torch",
+    mixer="tom",
 )
 
 PRESETS: dict[str, NetworkConfig] = {
@@ -80,37 +88,51 @@ PRESETS: dict[str, NetworkConfig] = {
 
 _PER_STAGE = ("depths", "strides", "conv_blocks")
 _FIELDS = tuple(item.name for item in dataclasses.fields(NetworkConfig))
+_PEER_FIELDS = tuple(item.name for item in dataclasses.fields(PeerConfig))
+_OF_THE_SCAN = (
+    "orientations",
+    "num_slices",
+    "d_state",
+    "d_conv",
+    "expand",
+    "initialization",
+)
 
 
 def preset_names() -> tuple[str, ...]:
-    """Give the names of the presets."""
-    return tuple(PRESETS)
+    """Give the names of the presets: SegMamba's, then the other networks'."""
+    return (*PRESETS, *PEERS)
 
 
-def preset_config(name: str = "segmamba", **overrides: Any) -> NetworkConfig:
+def preset_config(name: str = "segmamba", **overrides: Any) -> AnyNetworkConfig:
     """Give a preset's complete configuration, with changes.
 
     Args:
         name: One of `preset_names()`.
-        **overrides: Fields of NetworkConfig. None keeps the preset's value. A stride
-            may be one number for all three axes. If `dims` has another length than
-            the preset's, per-stage settings left out are cut, or end in repeats.
+        **overrides: Fields of NetworkConfig, or of PeerConfig for the other networks.
+            None keeps the preset's value. A stride may be one number for all three
+            axes. If `dims` has another length than the preset's, per-stage settings
+            left out are cut, or end in repeats.
 
     Returns:
         The configuration, checked.
 
     Raises:
-        ConfigError: The name or a field is unknown, or a value can't be used.
+        ConfigError: The name or a field is unknown, a field means nothing for this
+            network, or a value can't be used.
     """
     preset = PRESETS.get(name)
-    if preset is None:
+    if preset is None and name not in PEERS:
         raise ConfigError(_unknown("network", name, preset_names()))
+    known = _FIELDS if preset else tuple(dict.fromkeys((*_PEER_FIELDS, *_FIELDS)))
     for key in overrides:
-        if key not in _FIELDS:
-            raise ConfigError(_unknown("setting of a network", key, _FIELDS))
+        if key not in known or key == "name":
+            raise ConfigError(_unknown("setting of a network", key, known))
     values = {key: value for key, value in overrides.items() if value is not None}
     if "strides" in values:
         values["strides"] = _triples(values["strides"])
+    if preset is None:
+        return peer_config(name, **values)
     if isinstance(values.get("dims"), Sequence):
         for key in _PER_STAGE:
             values.setdefault(key, _fit(getattr(preset, key), len(values["dims"])))
@@ -120,7 +142,7 @@ def preset_config(name: str = "segmamba", **overrides: Any) -> NetworkConfig:
     return config
 
 
-def complete_config(config: NetworkConfig) -> NetworkConfig:
+def complete_config(config: AnyNetworkConfig) -> AnyNetworkConfig:
     """Fill what a configuration leaves to its preset.
 
     Args:
@@ -132,11 +154,11 @@ def complete_config(config: NetworkConfig) -> NetworkConfig:
     Raises:
         ConfigError: A value can't be used.
     """
-    fields = {key: getattr(config, key) for key in _FIELDS if key != "name"}
-    return preset_config(config.name, **fields)
+    fields = dataclasses.asdict(config)
+    return preset_config(fields.pop("name"), **fields)
 
 
-def build_network(config: NetworkConfig) -> nn.Module:
+def build_network(config: AnyNetworkConfig) -> nn.Module:
     """Build the network that a configuration describes, with random weights.
 
     Args:
@@ -147,8 +169,12 @@ def build_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ConfigError: A value can't be used.
+        BackendUnavailableError: The package that has the network isn't installed.
     """
-    return SegMamba(complete_config(config))
+    complete = complete_config(config)
+    if isinstance(complete, PeerConfig):
+        return build_peer(complete)
+    return SegMamba(complete)
 
 
 def create_network(
@@ -179,13 +205,15 @@ def create_network(
             constants (64, 32, 16, 8); None reads them off the feature map.
         orientations: Scan orders.
         d_state: States of each channel in the scan.
-        **options: Any other field of NetworkConfig, such as `deep_supervision`.
+        **options: Any other field of NetworkConfig (or PeerConfig), such as
+            `deep_supervision`.
 
     Returns:
         A module from (B, in_channels, D, H, W) to logits (B, out_channels, D, H, W).
 
     Raises:
         ConfigError: A name or value can't be used.
+        BackendUnavailableError: The package that has the network isn't installed.
     """
     config = preset_config(
         name,
@@ -200,7 +228,7 @@ def create_network(
         d_state=d_state,
         **options,
     )
-    return SegMamba(config)
+    return build_network(config)
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -234,6 +262,17 @@ def check_network_config(config: NetworkConfig) -> None:
     if not orders or len(set(orders)) < len(orders):
         known = ", ".join(get_args(Orientation))
         raise _bad("orientations", f"one or more of {known}, none twice", orders)
+    if config.mixer != "tom":
+        _check_mixer(config)
+
+
+def _check_mixer(config: NetworkConfig) -> None:
+    """Refuse settings of a scan that isn't there."""
+    preset = PRESETS[config.name]
+    for key in _OF_THE_SCAN:
+        if getattr(config, key) != getattr(preset, key):
+            expected = f"none beside mixer {config.mixer}, which has no scan"
+            raise _bad(key, expected, getattr(config, key))
 
 
 _LEAST = {

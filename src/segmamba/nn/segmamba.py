@@ -24,6 +24,7 @@ from segmamba.nn.blocks import (
     pad_to_multiple,
 )
 from segmamba.nn.mamba import MambaLayer, TriOrientatedMamba
+from segmamba.nn.mixers import build_mixer
 from segmamba.types import Size3
 
 
@@ -167,11 +168,11 @@ class EncoderStage(nn.Module):
             *(
                 MambaLayer(
                     channels,
-                    _mixer(config, index),
+                    _mixer(config, index, layer),
                     mlp=config.mlp == "layer",
                     gsc=gsc if per_layer else "none",
                 )
-                for _ in range(config.depths[index])
+                for layer in range(config.depths[index])
             )
         )
         self.skip_mlp = ChannelMlp(channels) if config.mlp == "skip" else None
@@ -268,7 +269,9 @@ def _stage_entry(config: NetworkConfig, index: int) -> nn.Module:
     )
 
 
-def _mixer(config: NetworkConfig, index: int) -> TriOrientatedMamba:
+def _mixer(config: NetworkConfig, index: int, layer: int) -> nn.Module:
+    if config.mixer != "tom":
+        return build_mixer(config.mixer or "", config.dims[index], layer)
     return TriOrientatedMamba(
         config.dims[index],
         config.orientations or ("forward", "reverse", "slice"),
