@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +15,14 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import segmamba
 from segmamba.console import (
     ProgressDisplay,
+    explain,
     format_duration,
     print_table,
     say,
     say_error,
+    showing_warnings,
 )
-from segmamba.errors import ConfigError, SegMambaError, describe
+from segmamba.errors import ConfigError, describe
 
 if TYPE_CHECKING:
     from segmamba.types import JsonDict
@@ -166,6 +165,8 @@ class Predict:
     """Average over mirrorings: better, 8 times slower."""
     overlap: float = 0.5
     """Overlap of neighbouring windows, 0 to under 1."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type the network computes in; auto is bf16 where the device has units for it."""
     probabilities: FlagCreatePairsOff[bool] = False
     """Also write probabilities."""
     folds: tuple[str, ...] | None = None
@@ -185,6 +186,7 @@ class Predict:
                 device=self.device,
                 mirror=self.mirror,
                 overlap=self.overlap,
+                precision=self.precision,
                 probabilities=self.probabilities,
                 folds=self.folds,
                 overwrite=self.overwrite,
@@ -324,6 +326,57 @@ class Demo:
         return 0
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """Measure speed and memory here; exit code 1 if a check fails."""
+
+    name: Annotated[
+        Positional[Literal["layer", "network", "volume", "size", "scan"]],
+        arg(metavar="NAME"),
+    ]
+    """layer, network, volume, size or scan."""
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """JSON file to write, anew after every row."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision; auto: bf16 where the device computes it natively, else fp32."""
+    seconds: float = 1.5
+    """Time for the rounds of one measurement."""
+    quick: FlagCreatePairsOff[bool] = False
+    """Tiny shapes: shows that it works, measures nothing of interest."""
+    backend: str = "auto"
+    """Back end of the scans."""
+    peers: bool = True
+    """Measure other networks and kernels too, where they are installed."""
+
+    def run(self) -> int:
+        """Measure, then print one table."""
+        from segmamba.benchmark import (
+            HEADER,
+            BenchmarkSettings,
+            run_benchmark,
+            table_row,
+        )
+
+        settings = BenchmarkSettings(
+            device=self.device,
+            dtype=self.dtype,
+            seconds=self.seconds,
+            quick=self.quick,
+            backend=self.backend,
+            peers=self.peers,
+        )
+        record = run_benchmark(self.name, settings, out=self.out, say=say)
+        rows = map(table_row, record.data["measurements"])
+        print_table(record.data["what"], HEADER, rows)
+        for failure in record.failures:
+            say_error(failure)
+        if self.out is not None:
+            say(f"Written to {self.out}")
+        return 1 if record.failures else 0
+
+
 COMMANDS = {
     "check": Check,
     "plan": Plan,
@@ -333,6 +386,7 @@ COMMANDS = {
     "compare": Compare,
     "info": Info,
     "demo": Demo,
+    "benchmark": Benchmark,
 }
 
 
@@ -396,40 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=None if arguments is None else list(arguments),
     )
     try:
-        return command.run()
-    except SegMambaError as error:
-        say_error(str(error))
+        with showing_warnings():
+            return command.run()
     except KeyboardInterrupt:
         say_error("interrupted; what was finished is kept.")
         return 130
-    except OSError as error:
-        say_error(_describe_os_error(error))
-    except Exception:
-        say_error(_keep_log(traceback.format_exc()))
+    except Exception as error:
+        say_error(explain(error))
     return 1
-
-
-def _describe_os_error(error: OSError) -> str:
-    remedy = {
-        errno.ENOSPC: "Free some space or choose another folder; nothing was lost.",
-        errno.EACCES: "Choose a folder that you may write to.",
-        errno.EROFS: "Choose a folder that you may write to.",
-    }.get(error.errno or 0)
-    return describe(
-        "the system refused a file operation",
-        found=error.strerror or str(error),
-        file=error.filename,
-        remedy=remedy,
-    )
-
-
-def _keep_log(trace: str) -> str:
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="segmamba-error-", suffix=".log", delete=False, encoding="utf-8"
-    ) as log:
-        log.write(f"segmamba {segmamba.__version__}\n{sys.argv}\n{trace}")
-    last = trace.strip().splitlines()[-1]
-    return f"unforeseen: {last}. Please report it with the log {log.name}"
 
 
 if __name__ == "__main__":

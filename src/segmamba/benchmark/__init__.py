@@ -1,0 +1,14 @@
+"""Cases, peers and timing; gives no number for what fails its check."""
+
+from segmamba.benchmark.record import HEADER, Record, table_row
+from segmamba.benchmark.run import BENCHMARKS, run_benchmark
+from segmamba.benchmark.settings import BenchmarkSettings
+
+__all__ = [
+    "BENCHMARKS",
+    "HEADER",
+    "BenchmarkSettings",
+    "Record",
+    "run_benchmark",
+    "table_row",
+]

@@ -1,0 +1,72 @@
+"""Benchmarks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from segmamba.benchmark.environment import fixed_arithmetic
+from segmamba.benchmark.layer import benchmark_layer
+from segmamba.benchmark.network import (
+    benchmark_network,
+    benchmark_size,
+    benchmark_volume,
+)
+from segmamba.benchmark.record import Record, Say
+from segmamba.benchmark.scan import benchmark_scan
+from segmamba.benchmark.settings import BenchmarkSettings
+from segmamba.errors import ConfigError, describe
+
+BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
+    "layer": (
+        "three-directional layer of preset segmamba at its four stages",
+        benchmark_layer,
+    ),
+    "network": (
+        "preset segmamba: training step and inference, peers beside it",
+        benchmark_network,
+    ),
+    "volume": ("one 240x240x160 volume in a single pass", benchmark_volume),
+    "size": ("inference against the side of the volume", benchmark_size),
+    "scan": ("selective scan alone, mamba_ssm's kernel beside it", benchmark_scan),
+}
+"""What each benchmark measures, and the function that does it."""
+
+
+def run_benchmark(
+    name: str,
+    settings: BenchmarkSettings | None = None,
+    *,
+    out: Path | str | None = None,
+    say: Say | None = None,
+) -> Record:
+    """Run a benchmark.
+
+    Args:
+        name: One of `BENCHMARKS`.
+        settings: Device, precision and time; None takes the defaults.
+        out: JSON file, written anew after every row, so that an interruption leaves
+            what was measured; its "complete" is then false.
+        say: Gets a line for each row.
+
+    Returns:
+        The record: `data` is what the file holds, `failures` what failed its check and
+        hence was not timed, or broke.
+
+    Raises:
+        ConfigError: The name or an option is unknown.
+        BackendUnavailableError: The device isn't there.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError(
+            describe(
+                "unknown benchmark", expected=", ".join(BENCHMARKS), found=repr(name)
+            )
+        )
+    what, benchmark = BENCHMARKS[name]
+    path = None if out is None else Path(out)
+    record = Record(what, settings or BenchmarkSettings(), path, say)
+    with fixed_arithmetic():
+        benchmark(record)
+    record.finish()
+    return record

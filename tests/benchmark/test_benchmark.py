@@ -1,0 +1,202 @@
+"""Benchmarks on tiny shapes: figures come only after a check that can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+from segmamba import cli
+from segmamba.benchmark import (
+    BENCHMARKS,
+    HEADER,
+    BenchmarkSettings,
+    Record,
+    checks,
+    layer,
+    run_benchmark,
+    scan,
+    table_row,
+    timing,
+)
+from segmamba.errors import ConfigError
+from segmamba.ops import selective_scan
+
+QUICK = BenchmarkSettings(device="cpu", dtype="fp32", seconds=0.001, quick=True)
+
+
+def wrong(function):
+    """The same function, its output 1 % too large."""
+    return lambda *args, **options: 1.01 * function(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("layer", 8), ("volume", 1), ("size", 2), ("scan", 8)]
+)
+def test_quick_run_measures_all_rows(name: str, rows: int, tmp_path: Path) -> None:
+    record = run_benchmark(name, QUICK, out=tmp_path / "out.json")
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert record.failures == []
+    assert data["complete"]
+    assert data["checks"]
+    assert len(data["measurements"]) == rows
+    for row in data["measurements"]:
+        low, high = row["quartiles_ms"]
+        assert 0 < row["min_ms"] <= low <= row["median_ms"] <= high <= row["max_ms"]
+        assert row["rounds"] >= 3
+        assert len(table_row(row)) == len(HEADER)
+    assert {"device", "versions", "commit", "dtype", "threads"} <= set(data)
+
+
+def test_network_measures_peers_beside_ours() -> None:
+    pytest.importorskip("monai")
+    record = run_benchmark("network", QUICK)
+    assert record.failures == []
+    modes = {(row["subject"], row["mode"]) for row in record.data["measurements"]}
+    ours = {"training step", "inference", "training step, checkpointing"}
+    assert {mode for subject, mode in modes if subject == "segmamba"} == ours
+    assert ("SegResNet (32)", "training step") in modes
+    assert "64^3" in record.data["peers"]["SwinUNETR (48)"]
+    assert set(record.data["checks"]) == {"network in fp32"}
+
+
+def test_absent_peer_is_named_and_the_rest_goes_on(monkeypatch) -> None:
+    monkeypatch.setattr("segmamba.benchmark.peers.PEERS", {"X": _absent()})
+    record = run_benchmark("network", QUICK)
+    assert record.data["peers"]["X"].startswith("not installed")
+    assert "pip install no-such-package" in record.data["peers"]["X"]
+    assert len(record.data["measurements"]) == 3
+
+
+def _absent():
+    from segmamba.benchmark.peers import Peer
+
+    return Peer("no-such-package", "no_such_package", lambda side: torch.nn.ReLU(), 1)
+
+
+def test_wrong_layer_is_not_timed(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr(layer.TriOrientatedMamba, "forward", wrong_in_float32())
+    arguments = ["benchmark", "layer", "--quick", "--device", "cpu", "--dtype", "fp32"]
+    assert cli.main([*arguments, "-o", str(tmp_path / "out.json")]) == 1
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["measurements"] == []
+    assert not data["checks"]["stage 1"]["passed"]
+    assert data["checks"]["stage 1"]["errors"]["output"] == pytest.approx(0.01, 1e-3)
+    assert "check of stage 1" in capsys.readouterr().err
+
+
+def wrong_in_float32():
+    right = layer.TriOrientatedMamba.forward
+
+    def forward(self, tokens, size):
+        scale = 1.0 if tokens.dtype == torch.float64 else 1.01
+        return scale * right(self, tokens, size)
+
+    return forward
+
+
+def test_wrong_scan_is_not_timed(monkeypatch) -> None:
+    def broken(*inputs, backend):
+        scale = 1.0 if backend == "reference" else 1.01
+        return scale * selective_scan(*inputs, backend=backend)
+
+    monkeypatch.setattr(scan, "selective_scan", broken)
+    record = run_benchmark("scan", QUICK)
+    assert record.data["measurements"] == []
+    assert len(record.failures) == 1
+
+
+def test_unfinished_output_fails_the_check() -> None:
+    with checks.poisoned_memory():
+        output = torch.empty(8)
+        output[:7] = 1
+    assert checks.relative_error(output, torch.ones(8)) == float("inf")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_relative_error_is_that_of_norms() -> None:
+    found, expected = torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])
+    assert checks.relative_error(found, expected) == pytest.approx(0.2)
+    assert checks.relative_error(found[:1], expected) == float("inf")
+
+
+def test_different_bits_are_counted() -> None:
+    a, b, nan = torch.ones(2), torch.ones(2) + 1e-6, torch.full((2,), float("nan"))
+    assert checks.different_bits([a, a, nan], [a, b, nan]) == 2
+
+
+def test_summary_gives_median_and_quartiles() -> None:
+    found = timing.summary([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert found["median_ms"] == 3
+    assert found["quartiles_ms"] == [2, 4]
+    assert (found["min_ms"], found["max_ms"], found["rounds"]) == (1, 5, 5)
+
+
+def test_rows_that_break_are_kept_and_reported() -> None:
+    record = Record("test", QUICK)
+
+    def no_memory():
+        raise torch.OutOfMemoryError("too much")
+
+    def broken():
+        raise RuntimeError("bad kernel")
+
+    record.time("segmamba", "a", "forward", no_memory)
+    record.time("somebody", "a", "forward", broken)
+    assert record.failures == []
+    row = record.time("segmamba", "b", "forward", broken)
+    assert record.failures == ["b, forward: RuntimeError: bad kernel"]
+    assert "bad kernel" in table_row(row)[3]
+    states = [row["status"] for row in record.data["measurements"]]
+    assert states == ["out of memory", "failed", "failed"]
+
+
+def test_extension_alone_gives_the_reference_gradients(monkeypatch) -> None:
+    """mamba_ssm's extension, played by our reference, goes through our wrapper."""
+    monkeypatch.setattr(scan.ExtensionScan, "extension", PlayedExtension)
+    inputs = scan.Inputs.draw(QUICK, 2, 4, 9)
+
+    def reference(*tensors):
+        u, delta, A, B, C, D, bias = tensors
+        return selective_scan(u, delta, A, B, C, D, None, bias, True)
+
+    errors = checks.relative_errors(
+        inputs.backward(scan.ExtensionScan.apply), inputs.backward(reference)
+    )
+    assert max(errors.values()) < 1e-6
+
+
+class PlayedExtension:
+    """`selective_scan_cuda` as mamba_ssm 2 calls it: B and C with groups, no gate."""
+
+    @staticmethod
+    def fwd(u, delta, A, B, C, D, z, bias, softplus):
+        assert B.ndim == C.ndim == 4
+        assert z is None
+        return selective_scan(u, delta, A, B, C, D, None, bias, softplus), torch.ones(1)
+
+    @staticmethod
+    def bwd(u, delta, A, B, C, D, z, bias, grad, states, out, dz, softplus, again):
+        assert z is None
+        assert grad.is_contiguous()
+        assert states.numel() == 1
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (u, delta, A, B, C, D, bias)]
+            u, delta, A, B, C, D, bias = leaves
+            out = selective_scan(u, delta, A, B, C, D, None, bias, softplus)
+        return torch.autograd.grad(out, leaves, grad)
+
+
+def test_names_are_those_of_the_command_line() -> None:
+    hints = get_type_hints(cli.Benchmark)
+    assert set(get_args(hints["name"])) == set(BENCHMARKS)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="seconds"):
+        BenchmarkSettings(seconds=0)
+    with pytest.raises(ConfigError, match="expected layer"):
+        run_benchmark("nonsense", QUICK)
