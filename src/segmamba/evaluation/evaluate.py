@@ -13,8 +13,9 @@ from segmamba.data.layouts import load_label_scheme
 from segmamba.data.parallel import for_each_case
 from segmamba.errors import ConfigError, FormatError, GeometryError, describe
 from segmamba.evaluation import metrics
+from segmamba.evaluation.lesions import LesionRule, lesion_rule, lesion_scores
 from segmamba.evaluation.references import Pair, pair_files
-from segmamba.evaluation.summary import summarize_cases
+from segmamba.evaluation.summary import LESION_METRICS, summarize_cases
 from segmamba.io import Volume, read_volume
 from segmamba.io.geometry import describe_grid_difference
 from segmamba.types import Array, JsonDict, Spacing3
@@ -30,6 +31,7 @@ def evaluate_case(
     *,
     tolerance_mm: float = 1.0,
     penalty_mm: float | None = None,
+    lesions: LesionRule | str | None = None,
 ) -> dict[str, JsonDict]:
     """Score one label map.
 
@@ -42,11 +44,12 @@ def evaluate_case(
         tolerance_mm: Of the surface Dice.
         penalty_mm: HD95 where one of two masks is empty; None for the diagonal of the
             image.
+        lesions: Score lesion by lesion too, by this rule or that of this BraTS task.
 
     Returns:
         Label or region to {"dice", "hd95_mm", "hd95_max_mm", "surface_dice",
         "volume_ml", "reference_volume_ml", "volume_error_ml", "empty_reference",
-        "empty_prediction"}.
+        "empty_prediction"}, and the numbers of `lesion_scores`.
 
     Raises:
         GeometryError: The shapes differ.
@@ -63,19 +66,20 @@ def evaluate_case(
     if penalty is None:
         penalty = metrics.diagonal_mm(reference.shape, spacing_mm)
     groups = scheme.evaluated if isinstance(scheme, LabelScheme) else scheme
-    prediction, reference = _without_margin(prediction, reference)
+    rule = lesion_rule(lesions)
+    margin = 0 if rule is None else rule.dilation_voxels
+    prediction, reference = _without_margin(prediction, reference, margin)
     if isinstance(scheme, LabelScheme) and scheme.ignore_label is not None:
         prediction = np.where(reference == scheme.ignore_label, 0, prediction)
-    return {
-        name: score_masks(
-            np.isin(prediction, group),
-            np.isin(reference, group),
-            spacing_mm,
-            tolerance_mm=tolerance_mm,
-            penalty_mm=penalty,
+    scores = {}
+    for name, group in groups.items():
+        found, truth = np.isin(prediction, group), np.isin(reference, group)
+        scores[name] = score_masks(
+            found, truth, spacing_mm, tolerance_mm=tolerance_mm, penalty_mm=penalty
         )
-        for name, group in groups.items()
-    }
+        if rule is not None:
+            scores[name].update(lesion_scores(found, truth, spacing_mm, rule))
+    return scores
 
 
 def score_masks(
@@ -130,6 +134,7 @@ def evaluate_folder(
     labels: Path | str | LabelScheme | None = None,
     tolerance_mm: float = 1.0,
     penalty_mm: float | None = None,
+    lesions: LesionRule | str | None = None,
     allow_missing: bool | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -144,6 +149,7 @@ def evaluate_folder(
         tolerance_mm: Of the surface Dice, 0 or more.
         penalty_mm: HD95 where one of two masks is empty; None for the diagonal of the
             image.
+        lesions: Score lesion by lesion too, by this rule or that of this BraTS task.
         allow_missing: Whether references may lack a prediction; None allows it for
             a data set.
         workers: Threads; None for as many as there are cores.
@@ -159,6 +165,7 @@ def evaluate_folder(
         ConfigError: An option is out of range.
     """
     _check_options(tolerance_mm, penalty_mm)
+    rule = lesion_rule(lesions)
     pairing = pair_files(predictions, references, allow_missing=allow_missing)
     scheme = pairing.labels if labels is None else _scheme(labels)
     groups = scheme or _groups_found(pairing.pairs, workers)
@@ -174,6 +181,7 @@ def evaluate_folder(
             groups,
             tolerance_mm=tolerance_mm,
             penalty_mm=penalty_mm,
+            lesions=rule,
         )
 
     scores = for_each_case(score, pairing.pairs, workers=workers, progress=progress)
@@ -187,11 +195,13 @@ def evaluate_folder(
             "references": list(pairing.references_alone),
             "predictions": list(pairing.predictions_alone),
         },
-        "rules": describe_rules(tolerance_mm, penalty_mm),
+        "rules": describe_rules(tolerance_mm, penalty_mm, rule),
     }
 
 
-def describe_rules(tolerance_mm: float, penalty_mm: float | None) -> JsonDict:
+def describe_rules(
+    tolerance_mm: float, penalty_mm: float | None, lesions: LesionRule | None = None
+) -> JsonDict:
     """Say in words and numbers how the metrics were computed."""
     penalty = "the image's diagonal" if penalty_mm is None else f"{penalty_mm:g} mm"
     return {
@@ -203,6 +213,7 @@ def describe_rules(tolerance_mm: float, penalty_mm: float | None) -> JsonDict:
         "ci95": "percentile bootstrap of the mean over cases, 2000 resamples",
         "tolerance_mm": tolerance_mm,
         "penalty_mm": penalty_mm,
+        **({} if lesions is None else {"lesion_wise": lesions.describe()}),
     }
 
 
@@ -239,20 +250,25 @@ def _known(scheme: LabelScheme) -> set[int]:
 
 def _mean_over_labels(summary: JsonDict) -> JsonDict:
     """Mean of the labels' means, for Dice, HD95 and surface Dice."""
-    names = ("dice", "hd95_mm", "hd95_max_mm", "surface_dice")
+    names = ("dice", "hd95_mm", "hd95_max_mm", "surface_dice", *LESION_METRICS)
     return {
         name: float(np.mean([row[name]["mean"] for row in summary.values()]))
         for name in names
-        if summary
+        if summary and all(name in row for row in summary.values())
     }
 
 
-def _without_margin(prediction: Array, reference: Array) -> tuple[Array, Array]:
-    """Cut both to the box around everything that isn't background."""
+def _without_margin(
+    prediction: Array, reference: Array, margin: int
+) -> tuple[Array, Array]:
+    """Cut both to everything that isn't background, and `margin` voxels around it."""
     anything = (prediction != 0) | (reference != 0)
     if not anything.any():
         anything[(0,) * anything.ndim] = True
-    box = metrics.bounding_box(anything)
+    box = tuple(
+        slice(max(0, side.start - margin), side.stop + margin)
+        for side in metrics.bounding_box(anything)
+    )
     return prediction[box], reference[box]
 
 

@@ -43,7 +43,7 @@ def dice(prediction: Array, reference: Array) -> float:
     Raises:
         GeometryError: The shapes differ.
     """
-    prediction, reference = _masks(prediction, reference)
+    prediction, reference = as_masks(prediction, reference)
     total = np.count_nonzero(prediction) + np.count_nonzero(reference)
     if total == 0:
         return 1.0
@@ -91,7 +91,7 @@ def surface_distances(
     Source:
         The border's definition is medpy's and MONAI's.
     """
-    prediction, reference = _masks(prediction, reference)
+    prediction, reference = as_masks(prediction, reference)
     if not prediction.any() or not reference.any():
         return None
     box = bounding_box(prediction | reference)
@@ -219,7 +219,19 @@ def _empty_distance(
     return diagonal_mm(np.shape(reference), spacing_mm)
 
 
-def _masks(prediction: Array, reference: Array) -> tuple[Array, Array]:
+def as_masks(prediction: Array, reference: Array) -> tuple[Array, Array]:
+    """Turn both into boolean arrays, and see that their shapes agree.
+
+    Args:
+        prediction: Any shape; everything but 0 is inside.
+        reference: The same shape.
+
+    Returns:
+        Prediction and reference.
+
+    Raises:
+        GeometryError: The shapes differ.
+    """
     if np.shape(prediction) != np.shape(reference):
         raise GeometryError(
             describe(

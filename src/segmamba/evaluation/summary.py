@@ -20,6 +20,17 @@ METRICS = (
 )
 """Numbers of each case and label that are summarised."""
 
+LESION_METRICS = ("lesion_dice", "lesion_hd95_mm")
+"""Numbers that are summarised where lesions were scored."""
+
+LESION_COUNTS = (
+    "lesions_found",
+    "lesions_missed",
+    "lesions_false",
+    "lesions_ignored",
+)
+"""Numbers that are added up where lesions were scored."""
+
 RESAMPLES = 2000
 SEED = 12345
 
@@ -77,7 +88,8 @@ def summarize_cases(cases: Mapping[str, Mapping[str, JsonDict]]) -> JsonDict:
 
     Returns:
         Label to {metric: sample description} and the counts `cases`,
-        `empty_reference`, `empty_prediction`, `both_empty` and `penalised`.
+        `empty_reference`, `empty_prediction`, `both_empty` and `penalised`; with
+        lesions, also their counts over all cases.
     """
     labels = list(dict.fromkeys(label for case in cases.values() for label in case))
     return {
@@ -87,9 +99,13 @@ def summarize_cases(cases: Mapping[str, Mapping[str, JsonDict]]) -> JsonDict:
 
 
 def _summarize_label(rows: Sequence[JsonDict]) -> JsonDict:
+    with_lesions = all(metric in row for row in rows for metric in LESION_METRICS)
+    names = (*METRICS, *LESION_METRICS) if with_lesions else METRICS
     summary: JsonDict = {
-        metric: summarize_values([row[metric] for row in rows]) for metric in METRICS
+        metric: summarize_values([row[metric] for row in rows]) for metric in names
     }
+    for count in LESION_COUNTS if with_lesions else ():
+        summary[count] = sum(row[count] for row in rows)
     empty_reference = [row["empty_reference"] for row in rows]
     empty_prediction = [row["empty_prediction"] for row in rows]
     pairs = list(zip(empty_reference, empty_prediction, strict=True))
