@@ -248,6 +248,7 @@ def evaluate(
     *,
     labels: Path | str | None = None,
     tolerance_mm: float = 1.0,
+    lesions: str | None = None,
     figure: Path | str | None = None,
     progress: Progress | None = None,
 ) -> JsonDict:
@@ -259,6 +260,8 @@ def evaluate(
         output: The JSON file to write.
         labels: A dataset.json that names labels and regions.
         tolerance_mm: Of the surface Dice.
+        lesions: Score lesion by lesion too, by the rules of this BraTS 2023 task:
+            "GLI", "SSA", "PED", "MEN" or "MET".
         figure: A PNG file for a picture of the worst cases.
         progress: Called with the cases done, all cases, and what is being done.
 
@@ -274,6 +277,7 @@ def evaluate(
         references,
         labels=labels,
         tolerance_mm=tolerance_mm,
+        lesions=lesions,
         progress=staged(progress, "evaluating"),
     )
     atomic.write_json(output, metrics)
