@@ -215,6 +215,10 @@ class Evaluate:
     """dataset.json that names labels and regions."""
     tolerance_mm: float = 1.0
     """Tolerance of the surface Dice."""
+    lesion_wise: FlagCreatePairsOff[bool] = False
+    """Also score lesion by lesion, as the BraTS challenge does."""
+    lesion_task: Literal["GLI", "SSA", "PED", "MEN", "MET"] = "GLI"
+    """BraTS 2023 task whose lesion-wise rules to take."""
     figure: Path | None = None
     """Also draw the worst cases to this PNG file."""
 
@@ -229,6 +233,7 @@ class Evaluate:
                 self.output,
                 labels=self.labels,
                 tolerance_mm=self.tolerance_mm,
+                lesions=self.lesion_task if self.lesion_wise else None,
                 figure=self.figure,
                 progress=progress,
             )
@@ -419,12 +424,16 @@ def parse_duration(text: str | None) -> float | None:
 
 def print_summary(metrics: JsonDict) -> None:
     """Print mean and 95 % interval of Dice and HD95 for each label."""
+    shown = {"dice": "Dice", "hd95_mm": "HD95 mm"}
+    summary = metrics["summary"]
+    if all("lesion_dice" in row for row in summary.values()):
+        shown |= {"lesion_dice": "lesion Dice", "lesion_hd95_mm": "lesion HD95 mm"}
     rows = []
-    for label, row in metrics["summary"].items():
-        cells = [_mean_and_interval(row[name]) for name in ("dice", "hd95_mm")]
+    for label, row in summary.items():
+        cells = [_mean_and_interval(row[name]) for name in shown]
         rows.append((label, *cells, str(row["dice"]["n"])))
-    header = ("label", "Dice (95 % interval)", "HD95 mm (95 % interval)", "cases")
-    print_table("Scores on whole volumes", header, rows)
+    header = (f"{name} (95 % interval)" for name in shown.values())
+    print_table("Scores on whole volumes", ("label", *header, "cases"), rows)
 
 
 def _mean_and_interval(row: JsonDict) -> str:
