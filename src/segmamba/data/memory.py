@@ -1,4 +1,4 @@
-"""How much memory a network should take, from its shape alone."""
+"""How much memory a network should take, before it is trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from segmamba.config import NetworkConfig
+from segmamba.config import AnyNetworkConfig, NetworkConfig, PeerConfig
+from segmamba.nn.footprint import footprint
 from segmamba.types import Size3
 
 MIB = 2**20
@@ -52,7 +53,7 @@ def device_memory_mib(device: str) -> float:
 
 
 def training_memory_mib(
-    network: NetworkConfig, patch_size: Size3, batch_size: int, device: str = "cpu"
+    network: AnyNetworkConfig, patch_size: Size3, batch_size: int, device: str = "cpu"
 ) -> float:
     """Estimate the peak memory of a training step.
 
@@ -67,6 +68,8 @@ def training_memory_mib(
         the interpreter. Within 30 % of what was measured on CPUs.
     """
     kind = _kind(device)
+    if isinstance(network, PeerConfig):
+        return _peer_training_mib(network, math.prod(patch_size) * batch_size, kind)
     parts = _parts(network, patch_size, kind)
     numbers = sum(copies * channels * voxels for copies, channels, voxels in parts)
     if network.checkpointing:  # inputs of all modules, and one module at a time
@@ -79,7 +82,7 @@ def training_memory_mib(
 
 
 def prediction_memory_mib(
-    network: NetworkConfig, patch_size: Size3, device: str = "cpu"
+    network: AnyNetworkConfig, patch_size: Size3, device: str = "cpu"
 ) -> float:
     """Estimate the peak memory of one window's forward pass, without gradients.
 
@@ -92,21 +95,27 @@ def prediction_memory_mib(
         MiB for weights and activations.
     """
     kind = _kind(device)
+    if isinstance(network, PeerConfig):
+        measured = footprint(network)
+        alive = measured.prediction_bytes * _BYTES[kind] / 4 * math.prod(patch_size)
+        return (4 * measured.weights + alive) / MIB
     parts = _parts(network, patch_size, kind)
     largest = max(channels * voxels for _, channels, voxels in parts)
     weights = 4 * count_weights(network)
     return (weights + _BYTES[kind] * _PREDICTION * largest) / MIB
 
 
-def count_weights(network: NetworkConfig) -> int:
+def count_weights(network: AnyNetworkConfig) -> int:
     """Estimate the number of weights of a network, to about ten per cent.
 
     Args:
         network: A configuration.
 
     Returns:
-        The number.
+        The number; exact for the networks of other papers.
     """
+    if isinstance(network, PeerConfig):
+        return footprint(network).weights
     widths = _level_channels(network)
     total = 0
     for above, below in itertools.pairwise(widths):
@@ -123,6 +132,13 @@ def count_weights(network: NetworkConfig) -> int:
     if network.skip_block != "identity":
         total += sum(27 * w * (c + w) for c, w in zip(dims, widths[1:-1], strict=False))
     return total
+
+
+def _peer_training_mib(network: PeerConfig, voxels: int, kind: str) -> float:
+    """Scale what one image of another paper's network keeps, as counted in `nn`."""
+    measured = footprint(network)
+    activations = measured.training_bytes * _BYTES[kind] / 4 * voxels
+    return _RUNTIME_MIB + (_STATE_BYTES * measured.weights + activations) / MIB
 
 
 def _parts(network: NetworkConfig, patch: Size3, kind: str) -> list[Part]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segmamba.atomic import read_json, write_json
-from segmamba.config import NetworkConfig, from_dict, to_dict
+from segmamba.config import AnyNetworkConfig, from_dict, network_from_dict, to_dict
 from segmamba.data.dataset import Dataset
 from segmamba.data.fingerprint import ChannelFingerprint, Fingerprint
 from segmamba.data.geometry import world_axes
@@ -23,26 +23,27 @@ from segmamba.data.memory import (
     prediction_memory_mib,
     training_memory_mib,
 )
+from segmamba.data.networks import (
+    Problem,
+    check_network,
+    fit_network,
+    network_strides,
+    patch_problems,
+)
 from segmamba.data.planning import (
     MAX_VOXELS,
-    adapt_network,
     choose_batch,
     choose_orientation,
     choose_patch,
     choose_spacing,
-    choose_strides,
     median_shape,
     to_tensor_axes,
-    total_strides,
 )
 from segmamba.errors import ConfigError, describe
 from segmamba.types import Size3, Spacing3
 
 ZERO_BACKGROUND_SHARE = 0.25
 """Share of voxels that are exactly 0 from which an image counts as masked."""
-
-Problem = tuple[str, str, object]
-"""What is wrong, what was expected, what was found."""
 
 _OVERRIDES = "the plan with its overrides"
 _PREPROCESSING = (
@@ -84,7 +85,7 @@ class Plan:
     """Patches in a training batch."""
     normalization: tuple[ChannelNormalization, ...]
     """One for each channel."""
-    network: NetworkConfig
+    network: AnyNetworkConfig
     """What to build."""
     resampling: Literal["linear", "cubic"] = "linear"
     """Interpolation of images; labels and logits are always linear."""
@@ -100,7 +101,7 @@ def make_plan(
     fingerprint: Fingerprint,
     dataset: Dataset,
     *,
-    network: NetworkConfig,
+    network: AnyNetworkConfig,
     device: str = "cpu",
     memory_mib: float | None = None,
     overrides: dict[str, Any] | None = None,
@@ -130,7 +131,7 @@ def make_plan(
     overrides = overrides or {}
     _check_channels(fingerprint, dataset)
     wanted = {**to_dict(network), **_network_overrides(overrides)}
-    network = from_dict(NetworkConfig, wanted, source=_OVERRIDES)
+    network = network_from_dict(wanted, source=_OVERRIDES)
     memory = USABLE_SHARE * (memory_mib or device_memory_mib(device))
     draft = _draft(fingerprint, dataset, network, device, memory, {})
     chosen = _override(draft, overrides)  # also checks keys and types
@@ -190,7 +191,7 @@ def validate_plan(plan: Plan, *, source: Path | str = "the plan") -> None:
         ConfigError: A value can't be used.
     """
     _check_grid(plan, source)
-    _raise_first(_network_problems(plan), source)
+    _raise_first(_network_problems(plan, source), source)
     _raise_first(_normalization_problems(plan.normalization), source)
 
 
@@ -218,7 +219,7 @@ def _grid_problems(plan: Plan) -> Iterator[Problem]:
         yield "bad batch_size", "1 or more", plan.batch_size
 
 
-def _network_problems(plan: Plan) -> Iterator[Problem]:
+def _network_problems(plan: Plan, source: Path | str) -> Iterator[Problem]:
     network = plan.network
     if len(plan.normalization) != network.in_channels:
         yield (
@@ -226,30 +227,9 @@ def _network_problems(plan: Plan) -> Iterator[Problem]:
             f"{network.in_channels}, one for each channel (network.in_channels)",
             len(plan.normalization),
         )
-    stages = len(network.dims)
-    for name in ("depths", "strides"):
-        if len(getattr(network, name)) != stages:
-            yield (
-                f"bad network.{name}",
-                f"{stages} entries, one for each of network.dims",
-                getattr(network, name),
-            )
-    if any(step < 1 for stride in network.strides for step in stride):
-        yield "bad network.strides", "1 or more", network.strides
-        return
-    totals = total_strides(network.strides)
-    if any(n < total for n, total in zip(plan.patch_size, totals, strict=True)):
-        yield (
-            "patch_size is too small",
-            f"at least {totals}, which the strides of the network divide",
-            plan.patch_size,
-        )
-    elif math.prod(plan.patch_size) <= math.prod(totals):
-        yield (
-            "patch_size is too small",
-            f"more than {totals}, of which the network would leave one voxel",
-            plan.patch_size,
-        )
+    strides, problems = check_network(network, source)
+    yield from problems
+    yield from patch_problems(network, strides, plan.patch_size)
 
 
 def _normalization_problems(
@@ -270,7 +250,7 @@ def _normalization_problems(
 def _draft(
     fingerprint: Fingerprint,
     dataset: Dataset,
-    network: NetworkConfig,
+    network: AnyNetworkConfig,
     device: str,
     memory_mib: float,
     given: dict[str, Any],
@@ -284,11 +264,10 @@ def _draft(
     channels, outputs = len(dataset.channels), dataset.labels.num_outputs
 
     def strides_for(size: Sequence[float]) -> tuple[Size3, ...]:
-        stages = len(network.dims)
-        return given.get("strides") or choose_strides(size, spacing, stages)
+        return given.get("strides") or network_strides(network, size, spacing)
 
     def memory_for(patch: Size3, strides: tuple[Size3, ...], batch: int) -> float:
-        fitted = adapt_network(network, strides, channels, outputs)
+        fitted = fit_network(network, strides, patch, channels, outputs)
         return training_memory_mib(fitted, patch, batch, device)
 
     def fits(patch: Size3, strides: tuple[Size3, ...]) -> bool:
@@ -313,7 +292,7 @@ def _draft(
         patch_size=patch,
         batch_size=batch,
         normalization=tuple(map(choose_normalization, fingerprint.channels)),
-        network=adapt_network(network, strides, channels, outputs),
+        network=fit_network(network, strides, patch, channels, outputs),
     )
 
 

@@ -215,6 +215,7 @@ def check_peer_config(config: PeerConfig) -> None:
         value = getattr(config, key)
         if value is not None and min(value, default=0) < 1:
             raise _bad(config, key, "numbers of 1 or more", value)
+    _check_fixed(config)
     _check_stages(config)
     multiple, because = _MULTIPLES.get(config.name, (1, ""))
     if (config.base_channels or 0) % multiple:
@@ -222,6 +223,17 @@ def check_peer_config(config: PeerConfig) -> None:
         raise _bad(config, "base_channels", expected, config.base_channels)
     if config.name == "unetr":
         _check_unetr(config)
+
+
+def _check_fixed(config: PeerConfig) -> None:
+    """Refuse what a network doesn't have, or can't change."""
+    usable, preset = settings_of(config.name), PEERS[config.name].config
+    for item in dataclasses.fields(PeerConfig):
+        value, own = getattr(config, item.name), getattr(preset, item.name)
+        if item.name not in usable and value != own:
+            raise _bad(config, item.name, f"{own}, which is fixed", value)
+        if value is None and own is not None:
+            raise _bad(config, item.name, f"such as {own}", value)
 
 
 def _check_stages(config: PeerConfig) -> None:

@@ -25,7 +25,8 @@ class UXNet(nn.Module):
 
     def __init__(self, config: PeerConfig) -> None:
         super().__init__()
-        dims, depths = config.dims or (), config.depths or ()
+        assert config.dims is not None
+        dims, depths = config.dims, config.depths or ()
         strides = config.strides or ()
         widths = (*dims, config.hidden_size or 0)
         before = (config.in_channels, *dims)
