@@ -15,9 +15,11 @@ from segmamba.checkpoint import (
     load_checkpoint,
     load_latest_checkpoint,
     load_model_file,
+    load_model_metadata,
     previous_path,
     save_checkpoint,
     save_model,
+    update_model,
 )
 from segmamba.config import NetworkConfig
 from segmamba.errors import CheckpointError
@@ -153,9 +155,28 @@ def test_a_model_file_knows_its_network(tmp_path):
     assert torch.equal(model.tensors["half"], TENSORS["half"])
 
 
-def test_a_training_state_is_no_model(file):
+def test_metadata_of_a_model_change_and_its_weights_stay(tmp_path):
+    path = tmp_path / "model.safetensors"
+    network = NetworkConfig(in_channels=1, out_channels=2)
+    save_model(path, TENSORS, network=network, metadata={"finished": False, "step": 9})
+    assert load_model_metadata(path) == load_model_file(path).metadata
+    before = load_model_metadata(path)
+    update_model(path, finished=True)
+    model = load_model_file(path)
+    assert model.metadata == {**before, "finished": True}
+    assert model.network == network
+    assert all(equal_bits(model.tensors[name], TENSORS[name]) for name in TENSORS)
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [load_model_file, load_model_metadata, update_model],
+    ids=lambda f: f.__name__,
+)
+def test_a_training_state_is_no_model(file, read):
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_model_file(file)
+        read(file)
 
 
 def test_an_unknown_network_setting_is_a_checkpoint_error(tmp_path):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
 from rich import box
@@ -20,6 +25,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from segmamba._version import __version__
+from segmamba.errors import SegMambaError, describe
 
 QUIET_INTERVAL_S = 15.0
 """Seconds between progress lines where the output isn't a terminal."""
@@ -103,6 +111,82 @@ def say(text: str) -> None:
 def say_error(text: str) -> None:
     """Print an error to the error stream as it is."""
     error_console.print(f"error: {text}", markup=False, style="bold red")
+
+
+class _Warnings(logging.Handler):
+    """Shows what the library logs, a line each; traces go to a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            trace = "".join(traceback.format_exception(*record.exc_info))
+            text += f"; please report it with the log {_keep_log(trace)}"
+        error_console.print(f"warning: {text}", markup=False, style="yellow")
+
+
+@contextlib.contextmanager
+def showing_warnings() -> Iterator[None]:
+    """Show on the error stream what the library warns of inside."""
+    logger, handler = logging.getLogger("segmamba"), _Warnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def explain(error: Exception) -> str:
+    """Put any error into words; for an unforeseen one, keep a log.
+
+    Args:
+        error: What ended the command.
+
+    Returns:
+        One text, without a trace.
+    """
+    if isinstance(error, SegMambaError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    from segmamba.devices import describe_out_of_memory, is_out_of_memory  # slow
+
+    if is_out_of_memory(error):
+        return describe(
+            "memory ran out",
+            found=describe_out_of_memory(error),
+            remedy="Close other programs, or use a smaller patch, batch or scan.",
+        )
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return (
+        f"unforeseen: {trace.strip().splitlines()[-1]}. Please report it with the log "
+        f"{_keep_log(trace)}"
+    )
+
+
+def _explain_os_error(error: OSError) -> str:
+    remedy = {
+        errno.ENOSPC: "Free some space or choose another folder; nothing was lost.",
+        errno.EACCES: "Choose a folder that you may write to.",
+        errno.EROFS: "Choose a folder that you may write to.",
+    }.get(error.errno or 0)
+    return describe(
+        "the system refused a file operation",
+        found=error.strerror or str(error),
+        file=error.filename,
+        remedy=remedy,
+    )
+
+
+def _keep_log(trace: str) -> str:
+    """Write a trace to a file and give its name, or say that this failed too."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="segmamba-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(f"segmamba {__version__}\n{sys.argv}\n{trace}")
+    except OSError as error:
+        return f"(not written: {error})"
+    return log.name
 
 
 def format_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Literal, cast
 
 import torch
@@ -14,6 +15,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _KINDS = ("cpu", "cuda", "mps")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_WANTED_BYTES = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def available_devices() -> dict[str, str]:
@@ -101,6 +104,38 @@ def autocast(
     if chosen == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[chosen])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that a device's or the computer's memory ran out.
+
+    Args:
+        error: Anything caught; PyTorch has no type of its own for the CPU's memory.
+
+    Returns:
+        True for torch's and numpy's errors of a failed allocation.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _NO_MEMORY)
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """Say what an error of failed allocation was about.
+
+    Args:
+        error: One that `is_out_of_memory`.
+
+    Returns:
+        Such as "a request for 3814.7 MiB that could not be met", or its first line.
+    """
+    wanted = _WANTED_BYTES.search(str(error))
+    if wanted is not None:
+        mib = int(wanted.group(1)) / 2**20
+        return f"a request for {mib:.1f} MiB that could not be met"
+    lines = str(error).splitlines()
+    return lines[0] if lines else "no more memory"
 
 
 def _computes_bf16(device: torch.device) -> bool:

@@ -113,12 +113,32 @@ def test_all_is_taken_where_it_is_alone(run):
     assert load_model(run, "cpu").identity["folds"] == ["all"]
 
 
-def test_unfinished_folds_are_left_out_if_others_are_finished(run, caplog):
+def test_half_trained_folds_are_left_out_and_named(run, caplog):
     save_fold(run, "0", finished=False)
-    assert load_model(run, "cpu").identity["folds"] == ["0"]
     save_fold(run, "1", finished=True)
-    assert load_model(run, "cpu").identity["folds"] == ["1"]
-    assert "still in training: fold_0" in caplog.text
+    save_fold(run, "2", finished=True)
+    assert load_model(run, "cpu").identity["folds"] == ["1", "2"]
+    assert caplog.messages == ["left out, as their training is not over: fold_0"]
+
+
+@pytest.mark.parametrize("folds", [None, 0, (0, 1)])
+def test_a_half_trained_fold_counts_if_it_is_named_or_alone(run, caplog, folds):
+    save_fold(run, "0", finished=False, step=70)
+    if folds == (0, 1):
+        save_fold(run, "1", finished=True)
+    identity = load_model(run, "cpu", folds).identity
+    assert identity["finished"] == ([False, True] if folds == (0, 1) else [False])
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("fold_0 is half-trained (step 70)")
+
+
+def test_several_half_trained_folds_are_no_ensemble(run):
+    save_fold(run, "0", finished=False)
+    save_fold(run, "1", finished=False)
+    with pytest.raises(CheckpointError, match=r"no fold's training is over.*--resume"):
+        load_model(run, "cpu")
+    save_fold(run, "all", finished=True)
+    assert load_model(run, "cpu").identity["folds"] == ["all"]
 
 
 def test_folds_are_averaged(run):

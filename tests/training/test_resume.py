@@ -169,6 +169,13 @@ def test_other_data_and_other_networks_are_refused(tiny, tmp_path):
         tiny.make_trainer(tmp_path, plan_hash="abc", network=wider).fit(resume=True)
 
 
+def test_other_cases_are_refused_also_at_the_end(tiny, tmp_path):
+    tiny.make_trainer(tmp_path, split_hash="abc").fit()
+    message = r"cases are others.*hash abc, found def, in .*Put splits\.json.*back"
+    with pytest.raises(ConfigError, match=message):
+        tiny.make_trainer(tmp_path, split_hash="def").fit(resume=True)
+
+
 def test_a_model_in_place_of_a_state_is_refused(tiny, tmp_path):
     result = tiny.make_trainer(tmp_path).fit()
     result.checkpoint_path.write_bytes(result.model_path.read_bytes())

@@ -162,6 +162,70 @@ def test_patience_ends_the_run_and_keeps_the_best_model(tiny, tmp_path):
     assert (again.stopped, again.step) == ("patience", 20)
 
 
+def is_finished(folder) -> bool:
+    return load_model_file(folder / "model.safetensors").metadata["finished"]
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_the_model_says_that_training_is_over_only_at_its_end(tiny, tmp_path, patience):
+    scores = iter([0.2, 0.6, 0.5, 0.4])
+    seen = []
+
+    def stop(progress):
+        seen.append(is_finished(tmp_path) if progress.step > 5 else False)
+        if progress.step == 12 and len(seen) == 12:
+            raise KeyboardInterrupt
+
+    config = changed(tiny, patience=patience, max_epochs=9 if patience else 4)
+    options = {"validate": lambda _: {"score": next(scores)}, "on_progress": stop}
+    with pytest.raises(KeyboardInterrupt):
+        tiny.make_trainer(tmp_path, config, **options).fit()
+    assert not is_finished(tmp_path)
+    before = load_model_file(tmp_path / "model.safetensors")
+    result = tiny.make_trainer(tmp_path, config, **options).fit(resume=True)
+    assert result.stopped == ("finished" if patience is None else "patience")
+    assert not any(seen)
+    after = load_model_file(tmp_path / "model.safetensors")
+    assert after.metadata["finished"]
+    if patience is not None:  # the end marks the best weights and leaves them alone
+        assert after.metadata == {**before.metadata, "finished": True}
+        assert all(
+            torch.equal(after.tensors[name], before.tensors[name])
+            for name in before.tensors
+        )
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_a_longer_run_is_unfinished_again(tiny, tmp_path):
+    config = changed(tiny, max_epochs=1, patience=9)
+    tiny.make_trainer(tmp_path, config).fit()
+    assert is_finished(tmp_path)
+    seen = []
+    longer = dataclasses.replace(config, max_epochs=2)
+    tiny.make_trainer(
+        tmp_path, longer, on_progress=lambda _: seen.append(is_finished(tmp_path))
+    ).fit(resume=True)
+    assert seen == [False] * 5
+    assert is_finished(tmp_path)
+
+
+def test_a_kill_before_the_last_mark_is_made_good(tiny, tmp_path):
+    config = changed(tiny, patience=9)
+    tiny.make_trainer(tmp_path, config).fit()
+    checkpoint.update_model(tmp_path / "model.safetensors", finished=False)
+    assert tiny.make_trainer(tmp_path, config).fit(resume=True).step == 20
+    assert is_finished(tmp_path)
+
+
+@pytest.mark.parametrize("patience", [None, 9])
+def test_a_lost_model_is_written_anew(tiny, tmp_path, patience):
+    config = changed(tiny, patience=patience)
+    tiny.make_trainer(tmp_path, config).fit()
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    tiny.make_trainer(tmp_path, config).fit(resume=True)
+    assert is_finished(tmp_path)
+
+
 def test_scores_without_a_total_are_averaged_and_nan_is_no_improvement(tiny, tmp_path):
     found = iter([{"a": 0.2, "b": {"c": 0.4}}, {"a": math.nan}, {"score": 0.1, "x": 9}])
     config = changed(tiny, max_epochs=3)

@@ -141,7 +141,7 @@ def predict_cases(
             maps = _probabilities(folder, case) if probabilities else None
             result = _predict_case(predictor, case, _output(folder, case), maps, steps)
         results.append(result)
-        record.add(result, predictor.device)
+        record.add(result, predictor)
         if progress is not None:
             progress(index + 1, len(cases), case.id)
     return PredictionSummary(tuple(results))
@@ -280,7 +280,7 @@ class _Record:
         record.write()
         return record
 
-    def add(self, result: CaseResult, device: torch.device) -> None:
+    def add(self, result: CaseResult, predictor: Predictor) -> None:
         cases = self.data["cases"]
         if result.status == "skipped" and result.id in cases:
             return
@@ -289,10 +289,11 @@ class _Record:
             "images": [str(path) for path in result.images],
             "output": result.output.name if result.output else None,
             "seconds": round(result.seconds, 3),
-            "device": str(device),
+            "device": str(predictor.device),
+            "precision": predictor.precision,
             "error": result.error,
         }
-        self.data["peak_memory_mib"] = peak_memory_mib(device)
+        self.data["peak_memory_mib"] = peak_memory_mib(predictor.device)
         self.write()
 
     def write(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from segmamba.atomic import read_json
-from segmamba.checkpoint import ModelFile, load_model_file
+from segmamba.checkpoint import ModelFile, load_model_file, load_model_metadata
 from segmamba.config import load_yaml
 from segmamba.data.dataset import Dataset, dataset_from_dict
 from segmamba.data.plan import Plan, load_plan, plan_hash
@@ -48,7 +48,8 @@ def load_model(
         device: "auto", "cpu", "cuda", "mps" or a device.
         folds: Which to average, such as 0, (0, 1) or "all" (the model trained on every
             case). None takes all numbered folds whose training is over; if none is,
-            those that have weights; if there are none, "all".
+            "all". A half-trained fold is used only where it is named or alone, with
+            a warning in the log.
         overlap: Share of a window's side that neighbours have in common.
         mirror: Average over mirrorings, along the axes in which training mirrored; or
             the axes of (D, H, W).
@@ -60,8 +61,9 @@ def load_model(
         A predictor: call it with a path or an array.
 
     Raises:
-        CheckpointError: It isn't a run, nothing is trained, a fold is missing, or
-            weights don't fit the plan.
+        CheckpointError: It isn't a run, nothing is trained, a fold is missing,
+            several folds are half-trained and none is named, or weights don't fit
+            the plan.
         ConfigError: An option is out of range.
         BackendUnavailableError: The device isn't there.
     """
@@ -70,16 +72,10 @@ def load_model(
     source = folder / "dataset.json"
     dataset = dataset_from_dict(read_json(source), source=source)
     models = _load_folds(folder, folds)
-    for path, model in models.items():
-        _check(path, model, plan, dataset)
-    networks = [_build(path, model, plan) for path, model in models.items()]
     chosen = resolve_device(device)
-    if chosen.type == "cpu" and precision_for(chosen, precision) == "bf16":
-        # A third faster there (measured), and no difference in fp32.
-        for network in networks:
-            network.to(memory_format=torch.channels_last_3d)  # pyright: ignore
+    fast = chosen.type == "cpu" and precision_for(chosen, precision) == "bf16"
     return Predictor(
-        networks,
+        _networks(models, plan, dataset, channels_last=fast),
         plan,
         dataset.channels,
         dataset.labels,
@@ -159,15 +155,46 @@ def _load_folds(run: Path, folds: list[str] | None) -> dict[Path, ModelFile]:
                 remedy=f"Run: segmamba train DATA -o {run}",
             )
         )
-    if folds is not None:
-        return {path: load_model_file(path) for path in _named(there, folds, run)}
-    paths = [path for name, path in there.items() if name.isdigit()]
-    models = {path: load_model_file(path) for path in paths or there.values()}
-    finished = {p: m for p, m in models.items() if m.metadata.get("finished", True)}
-    if finished and len(finished) < len(models):
-        left = sorted(path.parent.name for path in set(models) - set(finished))
-        _log.warning("left out, still in training: %s", ", ".join(left))
-    return finished or models
+    paths = _default(there, run) if folds is None else _named(there, folds, run)
+    models = {path: load_model_file(path) for path in paths}
+    for path, model in models.items():
+        if not _is_finished(model.metadata):
+            _log.warning(
+                "%s is half-trained (step %s): its training goes on or was "
+                "interrupted. Its weights are used as they are.",
+                path.parent.name,
+                model.metadata.get("step", "unknown"),
+            )
+    return models
+
+
+def _default(there: dict[str, Path], run: Path) -> list[Path]:
+    """Choose the numbered folds whose training is over, or what comes nearest."""
+    done = {
+        name: _is_finished(load_model_metadata(path)) for name, path in there.items()
+    }
+    numbered = [name for name in there if name.isdigit()]
+    chosen = [name for name in numbered if done[name]]
+    chosen = chosen or [name for name in there if done[name]]
+    left = [f"fold_{name}" for name in numbered if not done[name]]
+    if chosen and left:
+        _log.warning("left out, as their training is not over: %s", ", ".join(left))
+    if not chosen and len(there) > 1:
+        raise CheckpointError(
+            describe(
+                "no fold's training is over",
+                expected="a finished fold, or the choice of half-trained ones",
+                found=f"{', '.join(there)} in training or interrupted",
+                file=run,
+                remedy="Finish one with 'segmamba train --resume', or name one with "
+                "--folds.",
+            )
+        )
+    return [there[name] for name in chosen or there]
+
+
+def _is_finished(metadata: JsonDict) -> bool:
+    return bool(metadata.get("finished", True))  # files from elsewhere don't say
 
 
 def _named(there: dict[str, Path], folds: list[str], run: Path) -> list[Path]:
@@ -182,6 +209,18 @@ def _named(there: dict[str, Path], folds: list[str], run: Path) -> list[Path]:
             )
         )
     return [there[fold] for fold in dict.fromkeys(folds)]
+
+
+def _networks(
+    models: dict[Path, ModelFile], plan: Plan, dataset: Dataset, *, channels_last: bool
+) -> list[nn.Module]:
+    for path, model in models.items():
+        _check(path, model, plan, dataset)
+    networks = [_build(path, model, plan) for path, model in models.items()]
+    if channels_last:  # bf16 on a CPU: a third faster (measured); no difference in fp32
+        for network in networks:
+            network.to(memory_format=torch.channels_last_3d)  # pyright: ignore
+    return networks
 
 
 def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
@@ -260,10 +299,11 @@ def _mirror_axes(
 
 
 def _identity(models: dict[Path, ModelFile]) -> JsonDict:
-    """What tells these weights from others: fold, steps and checksum of each."""
+    """What tells these weights from others: fold, steps, end and checksum."""
     return {
         "folds": [path.parent.name.removeprefix("fold_") for path in models],
         "steps": [model.metadata.get("step") for model in models.values()],
+        "finished": [_is_finished(model.metadata) for model in models.values()],
         "weights": [_fingerprint(model) for model in models.values()],
     }
 

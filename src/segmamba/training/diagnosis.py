@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segmamba.devices import describe_out_of_memory, is_out_of_memory
 from segmamba.errors import TrainingError, describe
+
+MEMORY_HINT = "Use a smaller patch or batch, or activation checkpointing."
+"""What to do about a full memory if the caller knows nothing better."""
 
 
 def explain_not_finite(
@@ -72,20 +76,23 @@ def explain_interruption(signal: object, step: int, file: Path) -> str:
 
 
 @contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path, memory_hint: str = "") -> Iterator[None]:
     """Turn a full memory or a file's error inside into a `TrainingError` of ours.
 
     Args:
         folder: Named where the error names no file.
+        memory_hint: What training should take and what to lower if that is too much.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
             describe(
-                "the device's memory is too small for this training",
-                found=str(error).splitlines()[0],
-                remedy="Use a smaller patch or batch, or activation checkpointing.",
+                "memory is too small for this training",
+                found=describe_out_of_memory(error),
+                remedy=memory_hint or MEMORY_HINT,
             )
         ) from error
     except OSError as error:

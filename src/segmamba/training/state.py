@@ -91,13 +91,15 @@ def check_resumable(saved: JsonDict, wanted: JsonDict, file: Path) -> None:
     """See that a saved run and the wanted one are the same but for their length.
 
     Args:
-        saved: `config`, `network` and `plan_hash` from the checkpoint.
+        saved: What `run_identity` gave, from the checkpoint.
         wanted: The same of the run that wants to go on.
         file: The checkpoint, for the message.
 
     Raises:
         ConfigError: They differ; the keys are named with both values.
     """
+    if saved.get("split_hash") != wanted.get("split_hash"):
+        raise ConfigError(_other_cases(saved, wanted, file))
     differing = [
         f"{key} {saved.get(key)!r} -> {wanted.get(key)!r}"
         for key in ("network", "plan_hash")
@@ -115,6 +117,17 @@ def check_resumable(saved: JsonDict, wanted: JsonDict, file: Path) -> None:
                 remedy="Use the earlier settings, or train into another folder.",
             )
         )
+
+
+def _other_cases(saved: JsonDict, wanted: JsonDict, file: Path) -> str:
+    return describe(
+        "the fold's cases are others than those its training began with",
+        expected=f"the training and validation ids with hash {saved.get('split_hash')}",
+        found=wanted.get("split_hash"),
+        file=file,
+        remedy="Put splits.json (with fold all, the data set) back as it was, or train "
+        "into another run folder: scores on cases that were trained on mean nothing.",
+    )
 
 
 def check_config(config: TrainConfig) -> None:

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segmamba import checkpoint
-from segmamba.config import TrainConfig, to_dict
+from segmamba.config import TrainConfig
 from segmamba.data.augment import Batch
 from segmamba.devices import Precision, autocast, precision_for, resolve_device
-from segmamba.errors import CheckpointError, TrainingError
+from segmamba.errors import TrainingError
 from segmamba.training.batches import to_device
 from segmamba.training.diagnosis import (
     explain_interruption,
-    explain_misfit,
     explain_not_finite,
     explained,
     is_finite,
@@ -36,13 +34,9 @@ from segmamba.training.prefetch import Prefetcher
 from segmamba.training.results import Pace, Progress, TrainResult
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
 from segmamba.training.shallow_maps import avoid_depth_two
-from segmamba.training.snapshot import (
-    network_config,
-    restore_run_tensors,
-    run_identity,
-    run_tensors,
-)
-from segmamba.training.state import TrainState, check_config, check_resumable
+from segmamba.training.snapshot import run_identity
+from segmamba.training.state import TrainState, check_config
+from segmamba.training.store import RunStore
 from segmamba.types import JsonDict
 
 SKIPS_ALLOWED = 20
@@ -63,12 +57,15 @@ class Trainer:
         folder: Gets `config.yaml`, `checkpoint.safetensors`, `model.safetensors`,
             `log.jsonl` and `tensorboard/`.
         plan_hash: What the data went through; a resumed run must have the same.
+        split_hash: Which cases train and validate; a resumed run must have the same.
         device: "cpu", "cuda", "auto" or a torch device.
         validate: From the network (averaged weights, eval mode) to scores by name,
             which are logged. "score" is the one to raise; without it, the mean of all.
         on_progress: Called after each step.
         on_epoch: Called after each log line with the log's path, such as for a picture.
         model_metadata: JSON values to store in `model.safetensors`.
+        memory_hint: What a step should take and what to lower, for the error that
+            says that memory ran out.
         tensorboard: Write TensorBoard's files if it is installed.
 
     Raises:
@@ -85,11 +82,13 @@ class Trainer:
         folder: Path | str,
         *,
         plan_hash: str = "",
+        split_hash: str = "",
         device: torch.device | str = "cpu",
         validate: Callable[[nn.Module], JsonDict] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[Path], None] | None = None,
         model_metadata: JsonDict | None = None,
+        memory_hint: str = "",
         tensorboard: bool = True,
     ) -> None:
         check_config(config)
@@ -102,11 +101,10 @@ class Trainer:
         self.loss = loss
         self.config = config
         self.folder = FoldFolder(Path(folder))
-        self.plan_hash = plan_hash
         self.validate = validate
         self.on_progress = on_progress
         self.on_epoch = on_epoch
-        self.model_metadata = model_metadata or {}
+        self.memory_hint = memory_hint
         self.tensorboard = tensorboard
         self.state = TrainState()
         self.optimizer = build_optimizer(self.network, config)
@@ -117,6 +115,16 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             self.device.type, enabled=self.precision == "fp16"
+        )
+        self.store = RunStore(
+            self.folder,
+            self.network,
+            self.optimizer,
+            self.average,
+            self.scaler,
+            self.precision,
+            run_identity(self.network, config, plan_hash, split_hash),
+            model_metadata or {},
         )
         self._interrupt = Interrupt()
         self._note: str | None = None
@@ -138,7 +146,8 @@ class Trainer:
             CheckpointError: A state can't be read or written.
             TrainingError: Not-a-number, or an interruption (after saving).
         """
-        with folder_lock(self.folder.path), explained(self.folder.path):
+        place = self.folder.path
+        with folder_lock(place), explained(place, self.memory_hint):
             self._begin(resume)
             if not self._is_settled():
                 self._run()
@@ -171,6 +180,7 @@ class Trainer:
             ) as batches,
         ):
             self.folder.write_config(self.config)
+            self.store.mark_model(finished=False)  # a longer run may follow a finished
             try:
                 self._loop(batches)
             except Interrupted as signal:
@@ -192,6 +202,7 @@ class Trainer:
         if self.state.step > self.state.epoch_step:  # the clock cut it short
             self._finish_epoch()
         self.save()
+        self.store.mark_model(finished=True)
 
     # -------------------------------------------------------------------------- step
 
@@ -296,7 +307,7 @@ class Trainer:
             self.state.note_score(overall_score(scores))
             and self.config.patience is not None
         ):
-            self._save_model()
+            self.store.save_model(self.state)
         return scores
 
     # -------------------------------------------------------------------- save, load
@@ -304,67 +315,25 @@ class Trainer:
     def save(self) -> None:
         """Write everything needed to go on, and the weights for prediction."""
         place = (self.state.step, self.state.epoch)
-        if place != self._saved_place or not self.folder.checkpoint.exists():
-            if self.config.patience is None or self.state.best_score is None:
-                self._save_model()  # with patience the best one stays
-            checkpoint.save_checkpoint(
-                self.folder.checkpoint,
-                run_tensors(self.network, self.optimizer, self.average),
-                self._metadata(),
-                keep_previous=True,
+        lacking = self.store.model_header() is None
+        if place != self._saved_place or lacking or not self.folder.checkpoint.exists():
+            keeps_best = self.config.patience is not None
+            if lacking or not keeps_best or self.state.best_score is None:
+                self.store.save_model(self.state)
+            self.store.save_state(
+                dataclasses.replace(self.state, elapsed_s=self._elapsed_s())
             )
         self._saved_place = place
         self._saved_at = time.monotonic()
 
-    def _metadata(self) -> JsonDict:
-        state = dataclasses.replace(self.state, elapsed_s=self._elapsed_s())
-        return {
-            "kind": "training state",
-            "state": to_dict(state),
-            "scaler": self.scaler.state_dict(),
-            "precision": self.precision,
-            "seed": self.config.seed,
-            "versions": checkpoint.versions(),
-            **run_identity(self.network, self.config, self.plan_hash),
-        }
-
-    def _save_model(self) -> None:
-        metadata = {
-            **self.model_metadata,
-            "plan_hash": self.plan_hash,
-            "step": self.state.step,
-            "weights": "last" if self.average is None else "ema",
-            "best_score": self.state.best_score,
-        }
-        average = self.average
-        checkpoint.save_model(
-            self.folder.model,
-            self.network.state_dict() if average is None else average.tensors,
-            network=network_config(self.network),
-            metadata=metadata,
-        )
-
     def _load(self) -> None:
         """Go back to where the folder's run stood, if there is one."""
-        loaded = checkpoint.load_latest_checkpoint(self.folder.checkpoint)
+        loaded = self.store.load()
         if loaded is None:
             return
-        if loaded.metadata.get("kind") != "training state":
-            raise CheckpointError(explain_misfit(loaded.path, "weights for prediction"))
-        identity = run_identity(self.network, self.config, self.plan_hash)
-        check_resumable(loaded.metadata, identity, loaded.path)
-        try:
-            restore_run_tensors(
-                loaded.tensors, self.network, self.optimizer, self.average
-            )
-            if self.scaler.is_enabled() and loaded.metadata["scaler"]:
-                self.scaler.load_state_dict(loaded.metadata["scaler"])
-            self.state = TrainState(**loaded.metadata["state"])
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(explain_misfit(loaded.path, str(error))) from error
-        if loaded.note is not None:
-            self._note = loaded.note
-            _log.warning(loaded.note)
+        self.state, self._note = loaded
+        if self._note is not None:
+            _log.warning(self._note)
 
     # ------------------------------------------------------------- where the run is
 
@@ -390,8 +359,9 @@ class Trainer:
 
     def _is_settled(self) -> bool:
         """Tell whether a resumed run has nothing left to do."""
+        model = self.store.model_header() or {}
         epoch_is_open = self.state.step > self.state.epoch_step
-        return self._is_over() and not epoch_is_open and self.folder.model.exists()
+        return self._is_over() and not epoch_is_open and model.get("finished", False)
 
     def _report(self, loss: float, learning_rate: float) -> None:
         if self.on_progress is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from segmamba import atomic
-from segmamba.checkpoint import load_model_file
+from segmamba.checkpoint import load_model_metadata
 from segmamba.config import to_dict
 from segmamba.data.dataset import dataset_from_dict
 from segmamba.data.plan import Plan
@@ -126,8 +126,10 @@ def _plain_normalization(rule: dict[str, Any]) -> str:
 
 
 def _describe_fold(run: RunFolder, name: str, path: Path) -> str:
-    metadata = load_model_file(path).metadata
+    metadata = load_model_metadata(path)
     text = f"step {metadata.get('step', '?')}"
+    if not metadata.get("finished", True):
+        text += ", half-trained: going on or interrupted"
     metrics = run.fold(name) / "metrics.json"
     if not metrics.exists():
         return text

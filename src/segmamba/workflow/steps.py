@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segmamba import atomic
-from segmamba.config import NetworkConfig, from_dict
+from segmamba.config import from_dict, network_class
 from segmamba.data.check import CheckReport, check_dataset
 from segmamba.data.dataset import Dataset, dataset_from_dict, dataset_to_dict
 from segmamba.data.fingerprint import Fingerprint, make_fingerprint
@@ -93,7 +93,7 @@ def plan(
     settings = load_settings(config)
     target = resolve_device(device)
     name = preset or settings.preset or default_preset(target)
-    network = preset_config(name, **_network_overrides(settings))
+    network = preset_config(name, **_network_overrides(settings, name))
     dataset, fingerprint = measure(data, RunFolder(Path(run)), progress)
     decided = make_plan(
         fingerprint,
@@ -161,8 +161,18 @@ def _require_sound(report: CheckReport, data: Path | str) -> None:
     )
 
 
-def _network_overrides(settings: RunSettings) -> dict[str, Any]:
-    checked = from_dict(NetworkConfig, settings.network, source="the section network")
+def _network_overrides(settings: RunSettings, preset: str) -> dict[str, Any]:
+    if "name" in settings.network:
+        raise ConfigError(
+            describe(
+                "the network is not named in its own section",
+                expected="a line preset beside the section network",
+                found=f"name: {settings.network['name']}",
+            )
+        )
+    checked = from_dict(
+        network_class(preset), settings.network, source="the section network"
+    )
     return {key: getattr(checked, key) for key in settings.network}
 
 
@@ -203,6 +213,7 @@ def predict(
     device: str = "auto",
     mirror: bool = True,
     overlap: float = 0.5,
+    precision: str = "auto",
     probabilities: bool = False,
     folds: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -217,6 +228,8 @@ def predict(
         device: "auto", "cpu", "cuda" ...
         mirror: Average over mirrorings.
         overlap: Of neighbouring windows, 0 to below 1.
+        precision: "auto" (bf16 where the device has units for it), "bf16", "fp16" or
+            "fp32".
         probabilities: Write these too.
         folds: Which to average; None takes all that are trained.
         overwrite: Predict finished cases again.
@@ -229,7 +242,9 @@ def predict(
         CheckpointError: It isn't a trained run.
         FormatError: There is no scan.
     """
-    predictor = load_model(run, device, folds, overlap=overlap, mirror=mirror)
+    predictor = load_model(
+        run, device, folds, overlap=overlap, mirror=mirror, precision=precision
+    )
     cases = find_cases(scans, predictor.channels)
     return predict_cases(
         predictor,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from segmamba.config import TrainConfig, from_dict, training_defaults
-from segmamba.data.cache import Cache, build_cache
 from segmamba.data.dataset import Dataset
-from segmamba.data.plan import Plan, plan_hash
-from segmamba.data.sampler import PatchSampler
+from segmamba.data.plan import Plan
 from segmamba.data.splits import (
     Split,
     load_splits,
@@ -24,36 +18,16 @@ from segmamba.data.splits import (
 )
 from segmamba.devices import resolve_device
 from segmamba.errors import ConfigError, describe
-from segmamba.nn import build_network
-from segmamba.report.figures import training_curve
-from segmamba.training.batches import batch_maker
-from segmamba.training.losses import build_loss
-from segmamba.training.results import Progress as TrainingProgress
-from segmamba.training.trainer import Trainer
-from segmamba.types import JsonDict
+from segmamba.workflow.fold import FoldTraining, TrainingOutcome
 from segmamba.workflow.folder import (
     Progress,
     RunFolder,
     RunSettings,
     load_settings,
-    staged,
 )
 from segmamba.workflow.steps import load_run_plan, measure, plan
-from segmamba.workflow.validation import final_validation, quick_validation
 
 SplitScheme = Literal["5-fold", "70-10-20"]
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """What a training left."""
-
-    folder: Path
-    """The fold's folder."""
-    seconds: float
-    """Time of training, all resumed parts together, validation apart."""
-    metrics: JsonDict | None
-    """Scores on the held-out cases; None where every case trained."""
 
 
 def train(
@@ -102,8 +76,7 @@ def train(
     """
     settings, folder = load_settings(config), RunFolder(Path(run))
     fold, target = str(fold), resolve_device(device)
-    fold_folder = folder.fold(fold)
-    tell = say or (lambda text: None)
+    folder.fold(fold)  # a bad name is refused before any work
     dataset, decided = _planned(
         data, folder, settings, preset, config, device, progress
     )
@@ -111,26 +84,10 @@ def train(
     training = train_config(
         decided, settings, seed=seed, max_epochs=max_epochs, max_time_s=max_time_s
     )
-    cache = build_cache(
-        dataset, decided, folder.cache, progress=staged(progress, "preprocessing")
+    job = FoldTraining(
+        dataset, decided, training, members, folder, fold, target, progress
     )
-    trainer = _trainer(
-        dataset, decided, training, cache, members, fold_folder, target, progress
-    )
-    tell(
-        f"Training {decided.network.name} on {len(members['train'])} cases, "
-        f"{target.type} {trainer.precision}, patch {decided.patch_size}, into "
-        f"{fold_folder}"
-    )
-    result = trainer.fit(resume=resume)
-    if result.note:
-        tell(result.note)
-    metrics = None
-    if members["val"]:
-        metrics = final_validation(
-            dataset, members["val"], folder, fold, device=target, progress=progress
-        )
-    return TrainingOutcome(fold_folder, result.elapsed_s, metrics)
+    return job.train(resume, say or (lambda text: None))
 
 
 def train_config(
@@ -259,66 +216,3 @@ def _splits(
         )
     save_splits(folder.splits, splits)
     return splits
-
-
-def _trainer(
-    dataset: Dataset,
-    plan: Plan,
-    config: TrainConfig,
-    cache: Cache,
-    members: Split,
-    folder: Path,
-    device: torch.device,
-    progress: Progress | None,
-) -> Trainer:
-    torch.manual_seed(config.seed)  # the weights' own randomness
-    supervised = plan.network.deep_supervision or config.deep_supervision
-    network = build_network(
-        dataclasses.replace(plan.network, deep_supervision=supervised)
-    )
-    sampler = PatchSampler(
-        cache,
-        members["train"],
-        plan.patch_size,
-        config.batch_size or plan.batch_size,
-        dataset.labels,
-        oversample_foreground=config.oversample_foreground,
-        seed=config.seed,
-        margin=config.augmentation,
-    )
-    validate = None
-    if members["val"]:
-        validate = quick_validation(
-            cache,
-            members["val"],
-            dataset.labels,
-            plan.patch_size,
-            device=device,
-            precision=config.precision,
-        )
-    return Trainer(
-        network,
-        batch_maker(sampler, config.augmentation, seed=config.seed, device=device),
-        build_loss(config.loss, dataset.labels),
-        config,
-        folder,
-        plan_hash=plan_hash(plan),
-        device=device,
-        validate=validate,
-        on_progress=None if progress is None else _training_display(progress),
-        on_epoch=lambda log: training_curve(log, folder / "curve.png"),
-        model_metadata={"dataset": dataset.name, "preset": plan.network.name},
-    )
-
-
-def _training_display(progress: Progress) -> Callable[[TrainingProgress], None]:
-    """Show a training's progress in thousandths, with loss and rate."""
-
-    def show(state: TrainingProgress) -> None:
-        note = (
-            f"epoch {state.epoch}, step {state.step}, loss {state.loss:.4f}, "
-            f"{state.patches_per_s:.1f} patches/s"
-        )
-        progress(round(1000 * state.fraction), 1000, "training", note)
-
-    return show

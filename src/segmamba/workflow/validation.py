@@ -100,6 +100,7 @@ def final_validation(
     fold: str,
     *,
     device: torch.device,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> JsonDict:
     """Predict the held-out cases from their files as a user would, and score them.
@@ -112,6 +113,7 @@ def final_validation(
         run: The run.
         fold: Its fold.
         device: Where to predict.
+        precision: Of the forward pass.
         progress: Called with the cases done, all cases, and what is being done.
 
     Returns:
@@ -123,7 +125,7 @@ def final_validation(
     folder = run.fold(fold)
     held_out = [case for case in dataset.cases if case.id in set(case_ids)]
     inputs = [InputCase(case.id, case.images) for case in held_out]
-    predictor = load_model(run.root, device, fold)
+    predictor = load_model(run.root, device, fold, precision=precision)
     summary = predict_cases(
         predictor,
         inputs,

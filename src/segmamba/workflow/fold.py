@@ -1,0 +1,202 @@
+"""One fold: from preprocessed cases to weights and scores on held-out cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from segmamba.config import TrainConfig
+from segmamba.data.cache import Cache, build_cache
+from segmamba.data.dataset import Dataset
+from segmamba.data.memory import training_memory_mib
+from segmamba.data.plan import Plan, plan_hash
+from segmamba.data.sampler import PatchSampler
+from segmamba.data.splits import Split
+from segmamba.nn import build_network
+from segmamba.report.figures import training_curve
+from segmamba.training.batches import batch_maker
+from segmamba.training.losses import build_loss
+from segmamba.training.results import Progress as TrainingProgress
+from segmamba.training.trainer import Trainer
+from segmamba.types import JsonDict
+from segmamba.workflow.folder import Progress, RunFolder, staged
+from segmamba.workflow.validation import final_validation, quick_validation
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a training left."""
+
+    folder: Path
+    """The fold's folder."""
+    seconds: float
+    """Time of training, all resumed parts together, validation apart."""
+    metrics: JsonDict | None
+    """Scores on the held-out cases; None where every case trained."""
+
+
+@dataclass(frozen=True)
+class FoldTraining:
+    """All that decides the training of one fold."""
+
+    dataset: Dataset
+    """The data set."""
+    plan: Plan
+    """The run's plan."""
+    config: TrainConfig
+    """How to train."""
+    members: Split
+    """Which cases train ("train") and which are held out ("val")."""
+    run: RunFolder
+    """The run."""
+    fold: str
+    """A number, or "all"."""
+    device: torch.device
+    """Where to train and to validate."""
+    progress: Progress | None = None
+    """Called with steps done, all steps, what is being done, and a note."""
+
+    def train(self, resume: bool, say: Callable[[str], None]) -> TrainingOutcome:
+        """Preprocess what is missing, train, and score the held-out cases.
+
+        Args:
+            resume: Go on from the last saved state.
+            say: Called with a line of text at each stage.
+
+        Returns:
+            Folder, time and scores.
+        """
+        shown = staged(self.progress, "preprocessing")
+        cache = build_cache(self.dataset, self.plan, self.run.cache, progress=shown)
+        trainer = self._trainer(cache)
+        say(
+            f"Training {self.plan.network.name} on {len(self.members['train'])} cases, "
+            f"{self.device.type} {trainer.precision}, patch {self.plan.patch_size}, "
+            f"into {trainer.folder.path}"
+        )
+        result = trainer.fit(resume=resume)
+        if result.note:
+            say(result.note)
+        return TrainingOutcome(trainer.folder.path, result.elapsed_s, self._scores())
+
+    def _scores(self) -> JsonDict | None:
+        if not self.members["val"]:
+            return None
+        return final_validation(
+            self.dataset,
+            self.members["val"],
+            self.run,
+            self.fold,
+            device=self.device,
+            precision=self.config.precision,
+            progress=self.progress,
+        )
+
+    def _trainer(self, cache: Cache) -> Trainer:
+        folder, seed = self.run.fold(self.fold), self.config.seed
+        torch.manual_seed(seed)  # the weights' own randomness
+        return Trainer(
+            self._network(),
+            batch_maker(
+                self._sampler(cache),
+                self.config.augmentation,
+                seed=seed,
+                device=self.device,
+            ),
+            build_loss(self.config.loss, self.dataset.labels),
+            self.config,
+            folder,
+            plan_hash=plan_hash(self.plan),
+            split_hash=split_hash(self.members),
+            device=self.device,
+            validate=self._validation(cache),
+            on_progress=self.progress and _display(self.progress),
+            on_epoch=lambda log: training_curve(log, folder / "curve.png"),
+            model_metadata={
+                "dataset": self.dataset.name,
+                "preset": self.plan.network.name,
+            },
+            memory_hint=self._memory_hint(),
+        )
+
+    def _network(self) -> nn.Module:
+        supervised = self.plan.network.deep_supervision or self.config.deep_supervision
+        return build_network(
+            dataclasses.replace(self.plan.network, deep_supervision=supervised)
+        )
+
+    def _sampler(self, cache: Cache) -> PatchSampler:
+        return PatchSampler(
+            cache,
+            self.members["train"],
+            self.plan.patch_size,
+            self._batch_size,
+            self.dataset.labels,
+            oversample_foreground=self.config.oversample_foreground,
+            seed=self.config.seed,
+            margin=self.config.augmentation,
+        )
+
+    def _validation(self, cache: Cache) -> Callable[[nn.Module], JsonDict] | None:
+        if not self.members["val"]:
+            return None
+        return quick_validation(
+            cache,
+            self.members["val"],
+            self.dataset.labels,
+            self.plan.patch_size,
+            device=self.device,
+            precision=self.config.precision,
+        )
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.batch_size or self.plan.batch_size
+
+    def _memory_hint(self) -> str:
+        """Say what a step should take and where to make it less."""
+        patch, network = self.plan.patch_size, self.plan.network
+        expected = training_memory_mib(
+            network, patch, self._batch_size, self.device.type
+        )
+        lower = "batch_size or " if self._batch_size > 1 else ""
+        less = "" if network.checkpointing else ", set network.checkpointing to true"
+        return (
+            f"A step with patches of {' x '.join(map(str, patch))} voxels and a batch "
+            f"of {self._batch_size} should take {expected:.0f} MiB: lower {lower}"
+            f"patch_size in {self.run.plan}{less}, or close other programs."
+        )
+
+
+def split_hash(members: Split) -> str:
+    """Tell one choice of cases from another.
+
+    Args:
+        members: The ids that train and validate. Their order counts: it decides what
+            the sampler draws.
+
+    Returns:
+        12 hexadecimal digits.
+    """
+    plain = {"train": list(members["train"]), "val": list(members["val"])}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _display(progress: Progress) -> Callable[[TrainingProgress], None]:
+    """Show a training's progress in thousandths, with loss and rate."""
+
+    def show(state: TrainingProgress) -> None:
+        note = (
+            f"epoch {state.epoch}, step {state.step}, loss {state.loss:.4f}, "
+            f"{state.patches_per_s:.1f} patches/s"
+        )
+        progress(round(1000 * state.fraction), 1000, "training", note)
+
+    return show
