@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -38,8 +39,8 @@ def benchmark_network(record: Record) -> None:
     """Time a training step of two volumes and inference of one, peers beside it.
 
     Args:
-        record: Where the rows go. Each peer is timed as it is built by its package,
-            at the same precision, on the same volumes.
+        record: Where the rows go. Peers are timed at the same precision on the same
+            volumes.
     """
     settings = record.settings
     side = QUICK_SIDE if settings.quick else SIDE
@@ -56,8 +57,8 @@ def benchmark_network(record: Record) -> None:
             _time_inference(
                 record, OURS, lambda: build(settings), side, "inference, CUDA graph"
             )
-    for name, peer in usable_peers(record, side).items():
-        _time_both(record, name, lambda peer=peer: peer.build(side), side)
+    for name, network in usable_peers(record).items():
+        _time_both(record, name, lambda it=network: copy.deepcopy(it), side)
 
 
 def benchmark_volume(record: Record) -> None:
