@@ -23,6 +23,7 @@ from segmamba.errors import (
     GeometryError,
     SegMambaError,
 )
+from segmamba.inference import predictor as predictor_module
 from segmamba.inference.predictor import Predictor
 from segmamba.io import Volume
 
@@ -309,12 +310,30 @@ def test_networks_evaluate_and_go_on_training():
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_too_little_memory_says_what_helps():
-    def greedy(batch: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TiB")
+def greedy(batch: torch.Tensor) -> torch.Tensor:
+    return torch.empty(10**14)  # 400 TB: the system refuses at once
 
-    with pytest.raises(BackendUnavailableError, match=r"too little memory.*batch_size"):
+
+@pytest.mark.parametrize("problem", ["torch", "numpy"])
+def test_too_little_memory_says_what_helps(monkeypatch, problem):
+    if problem == "numpy":
+        monkeypatch.setattr(
+            predictor_module, "preprocess_image", lambda *_: np.empty(10**15)
+        )
+    message = r"cpu has too little memory for the scan: expected room for a window of "
+    found = {"torch": r"381469726\.6 MiB", "numpy": r"7\.11 PiB"}[problem]
+    with pytest.raises(
+        BackendUnavailableError, match=rf"{message}.*{found}.*Lower patch_size"
+    ):
         make_predictor(greedy)(oriented(ORIENTATIONS[0]))
+
+
+def test_other_errors_of_a_network_stay_what_they_are():
+    def broken(batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("sizes differ")
+
+    with pytest.raises(RuntimeError, match=r"^sizes differ$"):
+        make_predictor(broken)(oriented(ORIENTATIONS[0]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -17,7 +17,13 @@ from segmamba.data.geometry import Geometry
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import Plan
 from segmamba.data.preprocess import preprocess_image, restore_label_map
-from segmamba.devices import Precision, precision_for, resolve_device
+from segmamba.devices import (
+    Precision,
+    describe_out_of_memory,
+    is_out_of_memory,
+    precision_for,
+    resolve_device,
+)
 from segmamba.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -84,22 +90,7 @@ class Predictor:
             ConfigError: An option is out of range, or channels don't fit the plan.
             BackendUnavailableError: The device isn't there.
         """
-        if len(channels) != len(plan.normalization):
-            raise ConfigError(
-                describe(
-                    "channels don't fit the plan",
-                    expected=f"{len(plan.normalization)} names",
-                    found=", ".join(channels) or "none",
-                )
-            )
-        if not 0 <= overlap < 1:
-            raise ConfigError(
-                describe("bad overlap", expected="0 to below 1", found=overlap)
-            )
-        if batch_size < 1:
-            raise ConfigError(
-                describe("bad batch size", expected="1 or more", found=batch_size)
-            )
+        _check(plan, channels, overlap, batch_size)
         self.device = resolve_device(device)
         self.precision: Precision = precision_for(self.device, precision)
         group = [networks] if callable(networks) else list(networks)
@@ -161,13 +152,18 @@ class Predictor:
             SegMambaError: Logits aren't finite.
             BackendUnavailableError: The device's memory is too small.
         """
-        volume = self._open(scan, affine)
-        name = case or (volume.path.name if volume.path else "the scan")
-        image, geometry = preprocess_image(volume, self.plan)
-        source, scan_affine = volume.path, np.asarray(volume.affine, np.float64)
-        del volume  # its voxels are no longer needed; the windows want the memory
-        logits = self._logits(torch.from_numpy(image), name, progress)
-        label_map, maps = self._restore(logits, geometry, probabilities)
+        try:
+            volume = self._open(scan, affine)
+            case = case or (volume.path.name if volume.path else "the scan")
+            image, geometry = preprocess_image(volume, self.plan)
+            source, scan_affine = volume.path, np.asarray(volume.affine, np.float64)
+            del volume  # its voxels are no longer needed; the windows want the memory
+            logits = self._logits(torch.from_numpy(image), case, progress)
+            label_map, maps = self._restore(logits, geometry, probabilities)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._too_little_memory(case or "the scan", error) from error
         return Prediction(label_map, scan_affine, maps, self.names, source)
 
     __call__ = predict
@@ -220,23 +216,32 @@ class Predictor:
     ) -> torch.Tensor:
         target = self._accumulate_on(image)
         try:
-            try:
-                return self._windows(image, target, case, progress)
-            except torch.OutOfMemoryError:
-                if target.type == "cpu":
-                    raise
-                torch.cuda.empty_cache()
-                return self._windows(image, torch.device("cpu"), case, progress)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            return self._windows(image, target, case, progress)
+        except torch.OutOfMemoryError:
+            if target.type == "cpu":
                 raise
-            raise BackendUnavailableError(
-                describe(
-                    f"{self.device} has too little memory for {case}",
-                    found=f"{tuple(image.shape)} voxels after preprocessing",
-                    remedy="Use the device cpu, batch_size=1 or a float16 sum.",
-                )
-            ) from error
+            torch.cuda.empty_cache()
+            return self._windows(image, torch.device("cpu"), case, progress)
+
+    def _too_little_memory(
+        self, case: str, error: BaseException
+    ) -> BackendUnavailableError:
+        patch, need = self.plan.patch_size, self.plan.memory_prediction_mib
+        window = f"a window of {' x '.join(map(str, patch))} voxels"
+        remedies = ["lower patch_size in plan.json", "leave out probabilities"]
+        if self.batch_size > 1:
+            remedies.append("take batch_size 1")
+        if self.device.type != "cpu":
+            remedies.append("use the device cpu")
+        remedies.append("close other programs")
+        return BackendUnavailableError(
+            describe(
+                f"{self.device} has too little memory for {case}",
+                expected=f"room for {window}" + (f", {need:.0f} MiB" if need else ""),
+                found=describe_out_of_memory(error),
+                remedy=f"{', '.join(remedies)}.".capitalize(),
+            )
+        )
 
     def _windows(
         self,
@@ -284,6 +289,27 @@ class Predictor:
         return network.to(self.device) if isinstance(network, nn.Module) else network
 
 
+def _check(
+    plan: Plan, channels: Sequence[str], overlap: float, batch_size: int
+) -> None:
+    if len(channels) != len(plan.normalization):
+        raise ConfigError(
+            describe(
+                "channels don't fit the plan",
+                expected=f"{len(plan.normalization)} names",
+                found=", ".join(channels) or "none",
+            )
+        )
+    if not 0 <= overlap < 1:
+        raise ConfigError(
+            describe("bad overlap", expected="0 to below 1", found=overlap)
+        )
+    if batch_size < 1:
+        raise ConfigError(
+            describe("bad batch size", expected="1 or more", found=batch_size)
+        )
+
+
 @contextlib.contextmanager
 def _evaluating(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Switch to evaluation and back: a network may be in the middle of training."""
@@ -301,12 +327,6 @@ def _evaluating(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU, PyTorch has no type of its own for this.
-    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return named or "allocate memory" in str(error)
 
 
 def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:

@@ -1,4 +1,11 @@
-"""Logits of a whole image from overlapping windows, in bounded memory."""
+"""Logits of a whole image from overlapping windows, in bounded memory.
+
+Windows are laid evenly over each axis. Mirrorings and networks are averaged plainly,
+windows by Gaussian weights. The weights are a product of one vector an axis, and so is
+their sum over all windows; hence each window is weighted by its final share at once,
+and no map of summed weights is held. An axis shorter than the window is padded with
+zeros, at both ends, inside the window only.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +52,8 @@ def sliding_window_logits(
 ) -> torch.Tensor:
     """Run networks over overlapping windows and average their logits.
 
-    Windows are laid evenly over each axis, neighbours sharing at least `overlap` of a
-    side. Mirrorings and networks are averaged plainly, windows by Gaussian weights.
-    The weights are a product of one vector an axis, and so is their sum over all
-    windows; hence each window is weighted by its final share at once, and no map of
-    summed weights is held. An axis shorter than the window is padded with zeros, at
-    both ends, inside the window only.
-
     Memory, besides the image (which stays where it is) and what a network's own
-    forward pass takes, is at most, in bytes,
-    `K·D·H·W·a + 4·B·P·(2·C + 4·K) + 4·P`, with a the bytes of `accumulate_dtype`, B the
-    batch size and P the voxels of a window: see `memory_bound_mib`.
+    forward pass takes, is at most `memory_bound_mib`.
 
     Args:
         networks: One network or several (folds): (B, C, *patch) to (B, K, *patch).
@@ -80,37 +78,21 @@ def sliding_window_logits(
         GeometryError: The image or a network's answer has the wrong shape.
         SegMambaError: Logits aren't finite.
     """
-    networks = [networks] if callable(networks) else list(networks)
-    axes = _check(networks, image, patch_size, overlap, mirror_axes, batch_size)
+    group = [networks] if callable(networks) else list(networks)
+    axes = _check(group, image, patch_size, overlap, mirror_axes, batch_size)
     device = torch.device(device)
-    run = _Run(
-        networks=networks,
-        flips=_combinations(mirror_axes),
-        device=device,
-        precision=precision_for(device, precision),
-        case=case,
-    )
+    chosen = precision_for(device, precision)
+    run = _Run(group, _combinations(mirror_axes), device, chosen, case)
     grids = [_Axis.make(n, p, overlap, gaussian) for n, p in axes]
-    windows = list(itertools.product(*(range(len(grid.starts)) for grid in grids)))
     target = torch.device(accumulate_device or device)
-    total: torch.Tensor | None = None
-    done = 0
-    for chunk in _chunks(windows, batch_size):
-        batch = torch.stack([_cut(image, grids, window) for window in chunk])
-        logits = run(batch)
-        if len(windows) == 1:
-            inner = tuple(grid.inner for grid in grids)
-            total = logits[(0, slice(None), *inner)].to(target, accumulate_dtype)
-        else:
-            if total is None:
-                shape = (logits.shape[1], *image.shape[1:])
-                total = torch.zeros(shape, dtype=accumulate_dtype, device=target)
-            for window, part in zip(chunk, logits, strict=True):
-                _add(total, part, grids, window)
-        done += len(chunk)
+    sums = _Sums(grids, image.shape[1:], target, accumulate_dtype)
+    windows = list(itertools.product(*(range(len(grid.starts)) for grid in grids)))
+    for done, chunk in _chunks(windows, batch_size):
+        logits = run(torch.stack([_cut(image, grids, window) for window in chunk]))
+        sums.add(chunk, logits)
         if progress is not None:
             progress(done, len(windows), case)
-    return cast(torch.Tensor, total).contiguous()
+    return sums.result()
 
 
 def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
@@ -212,6 +194,43 @@ class _Axis:
         return cls(starts, length, missing // 2, missing - missing // 2, shares)
 
 
+@dataclass
+class _Sums:
+    """The weighted logits of the windows seen so far, (K, D, H, W)."""
+
+    grids: list[_Axis]
+    size: Sequence[int]
+    device: torch.device
+    dtype: torch.dtype
+    _total: torch.Tensor | None = None
+
+    def add(self, windows: list[tuple[int, ...]], logits: torch.Tensor) -> None:
+        """Add the logits (B, K, *patch) of B windows."""
+        if all(len(grid.starts) == 1 for grid in self.grids):  # all is in one window
+            inner = (0, slice(None), *(grid.inner for grid in self.grids))
+            self._total = logits[inner].to(self.device, self.dtype)
+            return
+        if self._total is None:
+            shape = (logits.shape[1], *self.size)
+            self._total = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for window, part in zip(windows, logits, strict=True):
+            self._add_one(self._total, window, part)
+
+    def result(self) -> torch.Tensor:
+        assert self._total is not None
+        return self._total.contiguous()
+
+    def _add_one(
+        self, total: torch.Tensor, window: tuple[int, ...], part: torch.Tensor
+    ) -> None:
+        pairs = list(zip(self.grids, window, strict=True))
+        d, h, w = (grid.shares[i].to(part.device) for grid, i in pairs)
+        part = part[(slice(None), *(grid.inner for grid in self.grids))]
+        weighted = part * (d[:, None, None] * h[:, None] * w)
+        spans = [slice(g.starts[i], g.starts[i] + g.length) for g, i in pairs]
+        total[(slice(None), *spans)] += weighted.to(total.device, total.dtype)
+
+
 @dataclass(frozen=True)
 class _Run:
     """The mean logits of networks and mirrorings for a batch of windows."""
@@ -287,9 +306,11 @@ def _combinations(mirror_axes: Sequence[int]) -> list[tuple[int, ...]]:
 
 def _chunks(
     windows: list[tuple[int, ...]], size: int
-) -> Iterator[list[tuple[int, ...]]]:
+) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Give so many windows at a time, with the number of all up to there."""
     for first in range(0, len(windows), size):
-        yield windows[first : first + size]
+        chunk = windows[first : first + size]
+        yield first + len(chunk), chunk
 
 
 def _cut(
@@ -303,18 +324,6 @@ def _cut(
     part = image[(slice(None), *spans)]
     padding = [n for grid in reversed(grids) for n in (grid.before, grid.after)]
     return F.pad(part, padding) if any(padding) else part
-
-
-def _add(
-    total: torch.Tensor, part: torch.Tensor, grids: list[_Axis], window: tuple[int, ...]
-) -> None:
-    """Add a window's logits (K, *patch), weighted by their share, to the sums."""
-    pairs = list(zip(grids, window, strict=True))
-    d, h, w = (grid.shares[i].to(part.device) for grid, i in pairs)
-    part = part[(slice(None), *(grid.inner for grid in grids))]
-    weighted = part * (d[:, None, None] * h[:, None] * w)
-    spans = [slice(g.starts[i], g.starts[i] + g.length) for g, i in pairs]
-    total[(slice(None), *spans)] += weighted.to(total.device, total.dtype)
 
 
 def _check(
