@@ -6,11 +6,12 @@ JSON text with the metadata, the format's version and a checksum of the tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from segmamba.atomic import atomic_path
 from segmamba.config import AnyNetworkConfig, network_from_dict, to_dict
+from segmamba.devices import is_out_of_memory
 from segmamba.errors import CheckpointError, ConfigError, describe
 from segmamba.types import JsonDict
 
@@ -30,6 +32,7 @@ FORMAT_VERSION = 1
 """Raised when older readers could misread a file."""
 
 _HEADER = "segmamba"
+_NOT_METADATA = ("kind", "network", "format_version", "crc32")
 _MIB = 2**20
 
 
@@ -56,7 +59,7 @@ class ModelFile:
     network: AnyNetworkConfig | None
     """What to build; None if the network had no configuration."""
     metadata: JsonDict
-    """`plan_hash`, `step`, `epoch`, `weights` ("ema" or "last"), `versions`, ..."""
+    """`plan_hash`, `step`, `weights` ("ema" or "last"), `finished`, `versions`, ..."""
 
 
 def save_checkpoint(
@@ -105,15 +108,10 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], JsonDict]:
         CheckpointError: The file is missing, truncated, damaged or not of ours.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(describe("there is no such checkpoint", file=path))
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            head = _parse_header(file.metadata(), path)
-            # Copies, since Windows can't replace a file that is still mapped.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(_broken(path, str(error))) from error
+    with _opened(path) as file:
+        head = _parse_header(file.metadata(), path)
+        # Copies, since Windows can't replace a file that is still mapped.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if head.pop("crc32", None) != _checksum(tensors):
         raise CheckpointError(_broken(path, "a checksum that does not match"))
     head.pop("format_version", None)
@@ -187,22 +185,48 @@ def load_model_file(path: Path | str) -> ModelFile:
         CheckpointError: The file is broken, or is a training state and no model.
     """
     tensors, head = load_checkpoint(path)
-    if head.pop("kind", None) != "model":
-        raise CheckpointError(
-            describe(
-                "not a model file",
-                expected="weights for prediction",
-                found="a training state",
-                file=path,
-                remedy="Give the model.safetensors beside it.",
-            )
-        )
-    config = head.pop("network", None)
+    _require_model(head, Path(path))
+    config = head.get("network")
     try:
         network = config and network_from_dict(config, source=str(path))
     except ConfigError as error:
         raise CheckpointError(_newer(Path(path), str(error))) from error
-    return ModelFile(tensors, network, head)
+    metadata = {key: head[key] for key in head if key not in _NOT_METADATA}
+    return ModelFile(tensors, network, metadata)
+
+
+def load_model_metadata(path: Path | str) -> JsonDict:
+    """Read what a `model.safetensors` says of itself, without its weights.
+
+    Args:
+        path: The file.
+
+    Returns:
+        As `ModelFile.metadata`.
+
+    Raises:
+        CheckpointError: The file is broken, or is a training state and no model.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        head = _parse_header(file.metadata(), path)
+    _require_model(head, path)
+    return {key: head[key] for key in head if key not in _NOT_METADATA}
+
+
+def update_model(path: Path | str, **changes: Any) -> None:
+    """Change the metadata of a `model.safetensors`; the weights stay as they are.
+
+    Args:
+        path: The file; replaced whole or not at all.
+        **changes: Values that JSON can hold, by name.
+
+    Raises:
+        CheckpointError: The file is broken, is no model, or can't be written.
+    """
+    tensors, head = load_checkpoint(path)
+    _require_model(head, Path(path))
+    save_checkpoint(path, tensors, {**head, **changes})
 
 
 def versions() -> dict[str, str]:
@@ -215,6 +239,33 @@ def versions() -> dict[str, str]:
         "numpy": packages.version("numpy"),
         "python": platform.python_version(),
     }
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; what is wrong with it becomes an error of ours."""
+    if not path.is_file():
+        raise CheckpointError(describe("there is no such checkpoint", file=path))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(_broken(path, str(error))) from error
+
+
+def _require_model(head: JsonDict, path: Path) -> None:
+    if head.get("kind") != "model":
+        raise CheckpointError(
+            describe(
+                "not a model file",
+                expected="weights for prediction",
+                found="a training state",
+                file=path,
+                remedy="Give the model.safetensors beside it.",
+            )
+        )
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

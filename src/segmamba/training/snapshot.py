@@ -69,16 +69,26 @@ def network_config(network: nn.Module) -> AnyNetworkConfig | None:
     return config if isinstance(config, AnyNetworkConfig) else None
 
 
-def run_identity(network: nn.Module, config: TrainConfig, plan_hash: str) -> JsonDict:
+def run_identity(
+    network: nn.Module, config: TrainConfig, plan_hash: str, split_hash: str
+) -> JsonDict:
     """Tell which run this is, in the plain values that JSON gives back.
 
+    Args:
+        network: The network.
+        config: How it is trained.
+        plan_hash: What the data went through.
+        split_hash: Which cases train and validate.
+
     Returns:
-        `config`, `network` (None if it has no configuration) and `plan_hash`.
+        `config`, `network` (None if it has no configuration), `plan_hash` and
+        `split_hash`.
     """
     built = network_config(network)
     identity = {
         "config": to_dict(config),
         "network": None if built is None else dataclasses.asdict(built),
         "plan_hash": plan_hash,
+        "split_hash": split_hash,
     }
     return json.loads(json.dumps(identity))

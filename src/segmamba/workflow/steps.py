@@ -213,6 +213,7 @@ def predict(
     device: str = "auto",
     mirror: bool = True,
     overlap: float = 0.5,
+    precision: str = "auto",
     probabilities: bool = False,
     folds: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -227,6 +228,8 @@ def predict(
         device: "auto", "cpu", "cuda" ...
         mirror: Average over mirrorings.
         overlap: Of neighbouring windows, 0 to below 1.
+        precision: "auto" (bf16 where the device has units for it), "bf16", "fp16" or
+            "fp32".
         probabilities: Write these too.
         folds: Which to average; None takes all that are trained.
         overwrite: Predict finished cases again.
@@ -239,7 +242,9 @@ def predict(
         CheckpointError: It isn't a trained run.
         FormatError: There is no scan.
     """
-    predictor = load_model(run, device, folds, overlap=overlap, mirror=mirror)
+    predictor = load_model(
+        run, device, folds, overlap=overlap, mirror=mirror, precision=precision
+    )
     cases = find_cases(scans, predictor.channels)
     return predict_cases(
         predictor,
