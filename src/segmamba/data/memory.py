@@ -98,7 +98,7 @@ def prediction_memory_mib(
     if isinstance(network, PeerConfig):
         measured = footprint(network)
         alive = measured.prediction_bytes * _BYTES[kind] / 4 * math.prod(patch_size)
-        return (4 * measured.weights + alive) / MIB
+        return _RUNTIME_MIB / 2 + (4 * measured.weights + alive) / MIB
     parts = _parts(network, patch_size, kind)
     largest = max(channels * voxels for _, channels, voxels in parts)
     weights = 4 * count_weights(network)

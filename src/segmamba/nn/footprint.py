@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +76,15 @@ def peak_bytes(network: nn.Module, size: Size3, *, training: bool) -> int:
         training: With a backward pass, or without gradients.
 
     Returns:
-        Bytes of activations in float32, and with a backward pass of the gradients that
-        are not yet freed; without weights, and what a kernel needs inside.
+        Bytes of activations in float32, with a backward pass also of the weights'
+        gradients, which come as activations go; without the weights, and what a kernel
+        needs inside.
     """
     config: Any = network.config
     image = torch.empty(1, config.in_channels, *size, device="meta")
     network.train(training)
-    # The gradients are there already: those that are counted are soon added to them.
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter) if training else None
-    with LiveBytes() as live, torch.set_grad_enabled(training):
+    network.zero_grad(set_to_none=True)
+    with LiveBytes(network.parameters()) as live, torch.set_grad_enabled(training):
         outputs = network(image)
         if training:
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -93,12 +93,16 @@ def peak_bytes(network: nn.Module, size: Size3, *, training: bool) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, until they are freed."""
+    """Counts the bytes of the tensors that operators make, until they are freed.
 
-    def __init__(self) -> None:
+    Args:
+        known: Tensors that are there before; neither they nor their views count.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {item.untyped_storage()._cdata for item in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and note the storages of what it gives."""
