@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segmamba.nn.mamba import TriOrientatedMamba
+from segmamba.nn.mamba import ScanDirection, TriOrientatedMamba
 from segmamba.types import Size3
 
 
@@ -53,6 +53,7 @@ def scan_multiply_adds(mixer: TriOrientatedMamba, tokens: int) -> int:
     """
     channel = 1
     for direction in mixer.directions:
+        assert isinstance(direction, ScanDirection)
         states, taps = direction.A_log.shape[1], direction.conv_weight.shape[-1]
         rank = direction.dt_proj_weight.shape[1]
         channel += taps + (rank + 2 * states) + rank + 4 * states + 2

@@ -73,6 +73,9 @@ def build_from_nnunet(config: PeerConfig) -> nn.Module:
             **common,
         )
     network.apply(network.initialize)
+    if not config.deep_supervision:  # heads that no gradient would reach
+        for level in range(len(dims) - 2):
+            network.decoder.seg_layers[level] = nn.Identity()
     return network
 
 
