@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,22 @@ def test_autocast_computes_so(precision, dtype):
     layer = torch.nn.Linear(3, 2)
     with autocast(CPU, precision):
         assert layer(torch.ones(1, 3)).dtype == dtype
+
+
+def test_peak_memory_is_the_most_that_was_ever_held():
+    """In a process of its own, whose peak is still low."""
+    code = (
+        "import torch\n"
+        "from segmamba.devices import peak_memory_mib as peak\n"
+        "cpu = torch.device('cpu')\n"
+        "before = peak(cpu)\n"
+        "size = int(before or 0) + 100\n"
+        "torch.ones(size * 2**18)\n"
+        "after = peak(cpu)\n"
+        "print(before is None or size < after < before + size + 100)\n"
+        "print(before is None or peak(cpu) >= after)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["True", "True"]

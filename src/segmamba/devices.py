@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from typing import Literal, cast
 
 import torch
@@ -146,6 +147,25 @@ def _computes_bf16(device: torch.device) -> bool:
     # torch.cpu's queries are private and some are missing in older versions.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Tell the most memory that this process held so far.
+
+    Args:
+        device: A GPU's own memory for "cuda", else the process's resident memory.
+
+    Returns:
+        MiB; None where the system doesn't tell (Windows).
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _has_mps() -> bool:

@@ -16,7 +16,7 @@ from segmamba.checkpoint import load_checkpoint, previous_path
 from segmamba.errors import CheckpointError, ConfigError
 from segmamba.training import read_log
 
-TIMES = ("seconds", "elapsed_s", "patches_per_s")
+TIMES = ("seconds", "elapsed_s", "patches_per_s", "peak_memory_mib")
 KILLS = 3
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from segmamba.atomic import read_json, write_json
 from segmamba.checkpoint import versions
+from segmamba.devices import peak_memory_mib
 from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
 from segmamba.inference.find import InputCase, Which, find_cases
 from segmamba.inference.predictor import Predictor
@@ -308,25 +306,6 @@ class _Record:
                     remedy="Make room, or choose a folder that you may write to.",
                 )
             ) from error
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Tell the most memory that this process held so far.
-
-    Args:
-        device: A GPU's own memory for "cuda", else the process's resident memory.
-
-    Returns:
-        MiB; None where the system doesn't tell (Windows).
-    """
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _output(folder: Path, case: InputCase) -> Path:

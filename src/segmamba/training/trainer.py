@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from segmamba.config import TrainConfig
 from segmamba.data.augment import Batch
-from segmamba.devices import Precision, autocast, precision_for, resolve_device
+from segmamba.devices import (
+    Precision,
+    autocast,
+    peak_memory_mib,
+    precision_for,
+    resolve_device,
+)
 from segmamba.errors import TrainingError
 from segmamba.training.batches import to_device
 from segmamba.training.diagnosis import (
@@ -278,6 +284,7 @@ class Trainer:
         """Validate if it is due, log, and begin the next epoch."""
         state = self.state
         seconds = self._elapsed_s() - state.epoch_started_s
+        peak = peak_memory_mib(self.device)  # before validation, which isn't training
         scores = self._scores()
         state.last_loss = state.mean_loss()
         line = {
@@ -285,11 +292,14 @@ class Trainer:
             "progress": self._progress(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "elapsed_s": self._elapsed_s(),
+            "peak_memory_mib": peak,
         }
         if scores:
             line["validation"] = scores
         self._logger.write(line)
         state.begin_epoch(self._elapsed_s())
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.on_epoch is not None:
             self.on_epoch(self._logger.path)
 
