@@ -39,8 +39,8 @@ def comparison_figure(
             key = (label, metric["name"])
             _draw_cases(axes, values[key])
             _draw_means(axes, [summary[(*key, name)] for name in names])
-            _scale(axes, values[key])
             _dress(axes, names, label, metric)
+            _scale(axes, values[key])
     figure.suptitle(_headline(comparison), fontsize=10)
     save_figure(figure, output)
 
@@ -83,12 +83,14 @@ def _scale(axes: Any, values: FloatArray) -> None:
         axes.set_yscale("symlog", linthresh=2 * typical)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic from {2 * typical:.2g} up")
 
 
 def _dress(axes: Any, names: list[str], label: str, metric: JsonDict) -> None:
     axes.set_xticks(range(len(names)), [_short(name) for name in names])
-    if max(map(len, names)) > 10 or len(names) > 4:
-        axes.tick_params(axis="x", labelrotation=30)
+    if max(map(len, names)) > 14 or len(names) > 4:
+        for text in axes.get_xticklabels():
+            text.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
     axes.set_xlim(-0.4, len(names) - 1 + 0.5)
     axes.set_ylabel(metric_name(metric["name"]))
     arrow = "higher is better" if metric["higher_is_better"] else "lower is better"

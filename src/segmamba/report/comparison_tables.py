@@ -190,7 +190,8 @@ def _costs(comparison: JsonDict) -> Table | None:
         ("model", *(columns[key][0] for key in known)),
         tuple(rows),
         "From the run folders: weights, and log.jsonl (median over epochs; as fast as "
-        "the machine was at that time).",
+        "the machine was at that time; memory is the GPU's in training, or the whole "
+        "process's on a CPU).",
     )
 
 
