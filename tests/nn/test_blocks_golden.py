@@ -83,6 +83,10 @@ def published(kind: str, name: str) -> str:
     return f"{prefix}.{rest}"
 
 
+def is_void(kind: str, name: str) -> bool:
+    return kind.startswith("gsc_") and name.endswith(".bias")
+
+
 def run(golden: Golden, dtype: torch.dtype, backend: str) -> dict[str, np.ndarray]:
     kind = golden.about["kind"]
     block = build(kind, golden.config).to(dtype)
@@ -106,7 +110,10 @@ def run(golden: Golden, dtype: torch.dtype, backend: str) -> dict[str, np.ndarra
     if len(inputs) > 1:
         found["grad_skip"] = inputs[1].grad.numpy()
     for name, parameter in block.named_parameters():
-        found[f"gw/{names[name]}"] = parameter.grad.numpy()
+        # A bias that a norm takes out has no gradient; the published one is rounding.
+        gradient = torch.zeros(()) if parameter.grad is None else parameter.grad
+        assert parameter.grad is not None or is_void(kind, name)
+        found[f"gw/{names[name]}"] = gradient.expand_as(parameter).numpy()
     return found
 
 

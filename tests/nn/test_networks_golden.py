@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from network_contract import void_biases
 from torch import nn
 
 from golden import Golden, data, digest, l2_error, largest_error, uniform, weight
@@ -72,8 +73,12 @@ def probe(golden: Golden, network: nn.Module) -> np.ndarray:
     """Norm of each parameter's gradient, and its product with the recipe's numbers."""
     names = {public: own for own, public in published_names(network).items()}
     parameters, rows = dict(network.named_parameters()), []
+    void = void_biases(network)
     for name in golden.about["param_names"]:
-        gradient = parameters[names[name]].grad.numpy().astype(np.float64)
+        parameter = parameters[names[name]]
+        gradient = np.zeros(parameter.shape)  # true of biases that a norm takes out
+        if parameter.grad is not None or names[name] not in void:
+            gradient = parameter.grad.numpy().astype(np.float64)
         numbers = uniform(golden.config["seed"], f"{name}#probe", gradient.shape)
         rows.append([np.linalg.norm(gradient), (gradient * numbers).sum()])
     return np.array(rows)

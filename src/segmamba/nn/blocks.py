@@ -9,39 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segmamba.ops import instance_norm
 from segmamba.types import Size3
 
-SLOPE = 0.01
-"""Negative slope of the leaky ReLU."""
 
+class VoidBiasConvolution(nn.Conv3d):
+    """A convolution in front of an instance norm, which would take the bias out again.
 
-def instance_norm(x: Tensor) -> Tensor:
-    """Normalise each channel of each case to mean 0 and variance 1 over space.
-
-    Args:
-        x: Features, (B, C, D, H, W), of more than one voxel.
-
-    Returns:
-        Features of the same shape, type and memory format; eps 1e-5, biased variance.
+    The bias exists because published weights hold it. It isn't used, and it gets no
+    gradient.
     """
-    channels_last = torch.channels_last_3d
-    if x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
-        return F.group_norm(x, x.shape[1])
-    return _channels_last_norm(x)
 
-
-def _channels_last_norm(x: Tensor) -> Tensor:
-    """Normalise each case as a batch of voxels, the fast way on channels-last.
-
-    Group norm's backward is up to ten times slower there. The voxels go in as rows,
-    for torch 2.13's backward of a batch norm over volumes is wrong where the stride of
-    a batch of one is unusual (tests/nn/test_blocks.py shows it).
-    """
-    batch, channels, *size = x.shape
-    rows = x.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels)
-    cases = [F.batch_norm(case, None, None, training=True) for case in rows.unbind()]
-    normed = cases[0].unsqueeze(0) if batch == 1 else torch.stack(cases)
-    return normed.view(batch, *size, channels).permute(0, 4, 1, 2, 3)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
+        return self._conv_forward(input, self.weight, None)
 
 
 class ResidualBlock(nn.Module):
@@ -65,10 +46,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
-        y = F.leaky_relu(instance_norm(self.conv1(x)), SLOPE, inplace=True)
-        y = instance_norm(self.conv2(y))
-        shortcut = x if self.conv3 is None else instance_norm(self.conv3(x))
-        return F.leaky_relu(y + shortcut, SLOPE, inplace=True)
+        y = self.conv2(instance_norm(self.conv1(x), activation="leaky_relu"))
+        if self.conv3 is None:
+            return instance_norm(y, activation="leaky_relu", residual=x)
+        shortcut, join = self.conv3(x), "normed"
+        if not x.is_cuda:  # one map less in memory, for no more time
+            shortcut, join = instance_norm(shortcut), "before"
+        return instance_norm(y, activation="leaky_relu", residual=shortcut, join=join)
 
 
 class ConvolutionBlock(nn.Module):
@@ -85,7 +69,7 @@ class ConvolutionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
-        return F.leaky_relu(instance_norm(self.conv(x)), SLOPE, inplace=True)
+        return instance_norm(self.conv(x), activation="leaky_relu")
 
 
 class UpBlock(nn.Module):
@@ -130,8 +114,7 @@ class UpBlock(nn.Module):
 class GatedSpatialConvolution(nn.Module):
     """GSC of the published code: x + unit1(unit3(unit3(x)) + unit1(x)).
 
-    A unit is convolution, instance norm, ReLU. The biases have no effect, for the
-    norm takes them out; they exist because published weights hold them.
+    A unit is convolution, instance norm, ReLU.
 
     Args:
         channels: Channels of input and output.
@@ -141,21 +124,25 @@ class GatedSpatialConvolution(nn.Module):
     def __init__(self, channels: int, *, product: bool = False) -> None:
         super().__init__()
         self.product = product
-        self.spatial1 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.spatial2 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.gate = nn.Conv3d(channels, channels, 1)
-        self.fuse = nn.Conv3d(channels, channels, 1)
+        self.spatial1 = VoidBiasConvolution(channels, channels, 3, padding=1)
+        self.spatial2 = VoidBiasConvolution(channels, channels, 3, padding=1)
+        self.gate = VoidBiasConvolution(channels, channels, 1)
+        self.fuse = VoidBiasConvolution(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, D, H, W) to the same shape."""
-        spatial = self._unit(self.spatial2, self._unit(self.spatial1, x))
-        gate = self._unit(self.gate, x)
-        joined = spatial * gate if self.product else spatial + gate
-        return self._unit(self.fuse, joined) + x
+        spatial = _unit(self.spatial2, _unit(self.spatial1, x))
+        if self.product:
+            joined = spatial * _unit(self.gate, x)
+        else:
+            joined = _unit(self.gate, x, added=spatial)
+        return _unit(self.fuse, joined, added=x)
 
-    @staticmethod
-    def _unit(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-        return F.relu(instance_norm(convolution(x)), inplace=True)
+
+def _unit(convolution: nn.Conv3d, x: Tensor, added: Tensor | None = None) -> Tensor:
+    """Convolve, norm, ReLU, then add."""
+    y = convolution(x)
+    return instance_norm(y, activation="relu", residual=added, join="after")
 
 
 class PaperGatedSpatialConvolution(nn.Module):

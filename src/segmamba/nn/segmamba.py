@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from segmamba.config import NetworkConfig
 from segmamba.errors import GeometryError, describe
 from segmamba.nn.blocks import (
-    SLOPE,
     ChannelMlp,
     Downsampling,
     ResidualBlock,
@@ -20,11 +19,12 @@ from segmamba.nn.blocks import (
     UpBlock,
     feature_uncertainty,
     gated_spatial_convolution,
-    instance_norm,
     pad_to_multiple,
 )
 from segmamba.nn.mamba import MambaLayer, TriOrientatedMamba
 from segmamba.nn.mixers import build_mixer
+from segmamba.ops import instance_norm
+from segmamba.ops.norm import SLOPE
 from segmamba.types import Size3
 
 
@@ -87,6 +87,7 @@ class SegMamba(nn.Module):
         self._check_input(image)
         size = (image.shape[2], image.shape[3], image.shape[4])
         x = pad_to_multiple(image, padded_size(size, level_strides(self.config)))
+        x = _channels_last(x) if x.is_cuda else x
         skips, x = self._encode(x)
         features = self._decode(skips, x)
         heads = (self.head, *self.lower_heads) if self.training else (self.head,)
@@ -95,6 +96,18 @@ class SegMamba(nn.Module):
         if len(logits) == 1:
             return logits[0]
         return [logits[0], *self._crop_lower(logits[1:], size)]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move or convert, as `to` and `cuda` do; convolutions suit a GPU's layout.
+
+        There they are a quarter faster in channels-last, and norms several times.
+        """
+        before = self.head.weight.is_cuda
+        super()._apply(fn, recurse)
+        after = self.head.weight.is_cuda
+        if before != after:
+            _arrange_kernels(self, channels_last=after)
+        return self
 
     def _encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Give the skips of levels 0, 1, ... and the deepest features."""
@@ -239,6 +252,21 @@ def padded_size(size: Size3, strides: list[Size3]) -> Size3:
         counts = counts if max(counts) > 1 else [2, 2, 2]
     padded = [count * total for count, total in zip(counts, totals, strict=True)]
     return (padded[0], padded[1], padded[2])
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    # With one channel only a copy gets the strides by which torch knows the layout.
+    if x.shape[1] == 1:
+        return x.clone(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _arrange_kernels(network: nn.Module, *, channels_last: bool) -> None:
+    """Lay the convolutions' kernels out anew; their values stay, and so do names."""
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    for parameter in network.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _crop(x: Tensor, size: Size3) -> Tensor:

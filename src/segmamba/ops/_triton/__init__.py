@@ -1,0 +1,1 @@
+"""Operators by Triton, for GPUs."""
