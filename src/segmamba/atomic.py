@@ -12,6 +12,9 @@ from typing import Any
 
 from segmamba.errors import FormatError, describe
 
+PREFIX = ".writing-"
+"""How the names of unfinished files begin."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -22,21 +25,34 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     Yields:
         A path in the same folder, with the same ending, to write to.
+
+    Raises:
+        OSError: It can't be written; the error names `path`.
     """
     path = Path(path)
+    try:
+        temporary = _new_file_beside(path)
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            _flush_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        # A full disk names no file, and the temporary one means nothing to a user.
+        if error.filename is None or PREFIX in str(error.filename):
+            error.filename = str(path)
+        raise
+
+
+def _new_file_beside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:])
-    handle, name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=suffix, dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return Path(name)
 
 
 def write_text(path: Path | str, text: str) -> None:
