@@ -7,8 +7,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
+from segmamba import cli
 from segmamba.atomic import write_json
 from segmamba.checkpoint import save_model
 from segmamba.data.dataset import dataset_to_dict
@@ -33,6 +35,9 @@ def run(tmp_path, shared_data) -> Path:
         depths=(1, 1),
         strides=(2, 2),
     )
+    with torch.no_grad():  # every output on both sides of zero: all labels come up
+        for parameter in list(network.parameters())[-2:]:
+            parameter.mul_(0 if parameter.ndim == 1 else 10)
     plan = Plan(
         orientation="SPL",
         spacing_mm=(5.0, 5.0, 5.0),
@@ -83,3 +88,55 @@ def test_brats_case_keeps_its_place(run, tmp_path, shared_data):
     np.testing.assert_array_equal(
         np.asarray(again.dataobj), np.asarray(expected.dataobj)
     )
+
+
+def predict(run: Path, folder: Path, out: Path) -> None:
+    words = [str(run), str(folder), "-o", str(out), "--device", "cpu", "--no-mirror"]
+    assert cli.main(["predict", *words, "--overlap", "0.25"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["BraTS2021_01476", "BraTS2021_01477"])
+def test_a_label_map_lies_right_in_a_viewer(run, tmp_path, shared_data, case):
+    """As ITK-SNAP, 3D Slicer (ITK) and FSLeyes (nibabel's reading) would place it."""
+    folder = shared_data / "BraTS" / case
+    predict(run, folder, tmp_path)
+    written = tmp_path / f"{case}.nii.gz"
+    names = [f"{case}_{channel}.nii.gz" for channel in ("t1", "t1ce", "t2", "flair")]
+    for name in [*names, f"{case}_seg.nii.gz"]:
+        require_same_grid_in_nibabel(written, folder / name)
+        require_same_grid_in_itk(written, folder / name)
+    values = np.asarray(nib.load(written).dataobj)
+    assert set(np.unique(values)) == {0, 1, 2, 4}  # the data set's own, no 3
+    np.testing.assert_array_equal(
+        sitk.GetArrayFromImage(sitk.ReadImage(written)).transpose(2, 1, 0), values
+    )
+    brain = box(np.asarray(nib.load(folder / names[0]).dataobj) != 0)
+    found = box(values != 0)  # nothing is predicted outside of what was cropped
+    np.testing.assert_allclose(found, brain, atol=8)
+
+
+def require_same_grid_in_nibabel(written: Path, scan: Path) -> None:
+    label, image = nib.load(written), nib.load(scan)
+    assert label.shape == image.shape
+    np.testing.assert_allclose(label.affine, image.affine, atol=1e-4)
+    assert nib.aff2axcodes(label.affine) == nib.aff2axcodes(image.affine)
+    point = image.affine @ [81, 140, 77, 1]
+    index = np.linalg.solve(label.affine, point)[:3]
+    np.testing.assert_allclose(index, [81, 140, 77], atol=1e-4)
+
+
+def require_same_grid_in_itk(written: Path, scan: Path) -> None:
+    label, image = sitk.ReadImage(written), sitk.ReadImage(scan)
+    assert label.GetSize() == image.GetSize()
+    for grid in ("GetOrigin", "GetSpacing", "GetDirection"):
+        found, expected = getattr(label, grid)(), getattr(image, grid)()
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    point = image.TransformIndexToPhysicalPoint((81, 140, 77))
+    assert label.TransformPhysicalPointToIndex(point) == (81, 140, 77)
+
+
+def box(mask: np.ndarray) -> list[tuple[int, int]]:
+    """First and last voxel of a mask along each axis."""
+    places = np.nonzero(mask)
+    return [(int(axis.min()), int(axis.max())) for axis in places]
