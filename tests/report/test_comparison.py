@@ -215,12 +215,14 @@ def test_cost_by_hand(tmp_path):
             lines.append(json.dumps(line) + "\n")
         (folder / "log.jsonl").write_text("".join(lines))
         save_file(weights, folder / "model.safetensors", {"segmamba": "{}"})
-    assert model_cost(files) == {
+    expected = {
         "parameters": 18,
         "ms_per_step": 350.0,
         "peak_memory_mib": 301,
         "training_s": 32.0,
     }
+    assert model_cost(files) == expected
+    assert model_cost([tmp_path / "metrics.json"]) == expected
 
 
 def test_cost_that_is_not_known_is_none(tmp_path):

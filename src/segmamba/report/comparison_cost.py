@@ -20,7 +20,7 @@ def model_cost(files: Sequence[Path]) -> JsonDict:
     """Read a model's cost from the folders beside its scores.
 
     Args:
-        files: Its `metrics.json`, one a fold.
+        files: Its `metrics.json`, one a fold or one of a whole run.
 
     Returns:
         "parameters" (of the first fold with weights), "ms_per_step" (median over the
@@ -28,7 +28,7 @@ def model_cost(files: Sequence[Path]) -> JsonDict:
         "peak_memory_mib" (largest in the logs) and "training_s" (all folds together);
         None for what isn't there.
     """
-    folders = [file.parent for file in files]
+    folders = [folder for file in files for folder in _training_folders(file)]
     logs = [read_log(folder / LOG_FILE) for folder in folders]
     times = [time for log in logs for time in step_times_ms(log)]
     peaks = [line.get("peak_memory_mib") for log in logs for line in log]
@@ -40,8 +40,17 @@ def model_cost(files: Sequence[Path]) -> JsonDict:
         "parameters": next((count for count in counts if count is not None), None),
         "ms_per_step": statistics.median(times) if times else None,
         "peak_memory_mib": max(known) if known else None,
-        "training_s": sum(whole) if len(whole) == len(files) else None,
+        "training_s": sum(whole) if len(whole) == len(folders) else None,
     }
+
+
+def _training_folders(file: Path) -> list[Path]:
+    """Folders with the logs of what was scored: the file's own, or a run's folds."""
+    folds = sorted(log.parent for log in file.parent.glob(f"fold_*/{LOG_FILE}"))
+    numbered = [fold for fold in folds if fold.name != "fold_all"]
+    if (file.parent / LOG_FILE).exists():
+        return [file.parent]
+    return numbered or folds or [file.parent]
 
 
 def step_times_ms(log: Sequence[JsonDict]) -> list[float]:
