@@ -30,7 +30,7 @@ def comparison_figure(
     labels = comparison["labels"][:MOST_LABELS]
     metrics = [metric["name"] for metric in comparison["metrics"]]
     names = [model["name"] for model in comparison["models"]]
-    width = 1.6 + 0.85 * len(names)
+    width = 1.6 + 0.85 * min(len(names), 3) + 0.45 * max(len(names) - 3, 0)
     figure = new_figure(max(6.0, width * len(metrics)), 2.9 * len(labels) + 0.9)
     grid = figure.subplots(len(labels), len(metrics), squeeze=False)
     summary = {(r["label"], r["metric"], r["model"]): r for r in comparison["summary"]}
