@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,42 +11,9 @@ from segmamba.nn.blocks import (
     PaperGatedSpatialConvolution,
     Stem,
     feature_uncertainty,
-    instance_norm,
     pad_to_multiple,
 )
 from segmamba.nn.mamba import scan_orders
-
-
-def layouts(x: torch.Tensor):
-    """The same tensor in every order of its axes in memory."""
-    for order in itertools.permutations(range(x.dim())):
-        back = [order.index(axis) for axis in range(x.dim())]
-        yield x.permute(order).contiguous().permute(back)
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 2, 3, 4), (2, 3, 2, 2, 3), (1, 1, 2, 2, 2), (2, 2, 2, 1, 1)]
-)
-def test_instance_norm_is_right_in_every_memory_layout(shape):
-    """Also in those where torch's batch norm over volumes gives a wrong gradient."""
-    x, weights = torch.randn(2, *shape, dtype=torch.float64)
-    exact = x.clone().requires_grad_()
-    mean = exact.mean((2, 3, 4), keepdim=True)
-    variance = ((exact - mean) ** 2).mean((2, 3, 4), keepdim=True)
-    wanted = (exact - mean) / torch.sqrt(variance + 1e-5)
-    (gradient,) = torch.autograd.grad(wanted, exact, weights)
-    for layout in layouts(x):
-        for outer in list(layouts(weights))[::7]:
-            leaf = layout.detach().requires_grad_()
-            found = instance_norm(leaf)
-            torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
-            (back,) = torch.autograd.grad(found, leaf, outer)
-            torch.testing.assert_close(back, gradient, atol=1e-9, rtol=1e-9)
-
-
-def test_instance_norm_keeps_channels_last():
-    x = torch.randn(2, 4, 5, 6, 7).contiguous(memory_format=torch.channels_last_3d)
-    assert instance_norm(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_feature_uncertainty_is_the_papers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,26 @@ _spec = importlib.util.spec_from_file_location(
 _loops = importlib.util.module_from_spec(_spec)
 sys.modules["ops_loops"] = _loops
 _spec.loader.exec_module(_loops)
+
+
+def _mend_interpreter() -> None:
+    """Let Triton 3.6's interpreter loop to a number that a kernel computed.
+
+    It keeps numbers in arrays of one element, which numpy 2.4 makes no integer of.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    _mend_interpreter()
 
 
 @pytest.fixture

@@ -195,9 +195,17 @@ def _why_not_triton(x: Tensor, residual: Tensor | None) -> str:
     return "" if _status() == "available" else _status()
 
 
-# What they answer stays the same while a program runs; compilers needn't trace them.
-_status = torch.compiler.assume_constant_result(triton_status)
-_is_interpreted = torch.compiler.assume_constant_result(triton_is_interpreted)
+# What these answer stays the same while a program runs; compilers needn't trace them.
+
+
+@torch.compiler.assume_constant_result
+def _status() -> str:
+    return triton_status()
+
+
+@torch.compiler.assume_constant_result
+def _is_interpreted() -> bool:
+    return triton_is_interpreted()
 
 
 @torch.library.custom_op("segmamba::fused_norm", mutates_args=())
