@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,39 @@ def cpu_ratios() -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured(name: str) -> str:
+    """What a `segmamba benchmark` measured; a line that says so if it never ran."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
+    data = load(name)
+    versions = data["versions"]
+    lines = [
+        f"{data['device']}, {data['dtype']}, PyTorch {versions['torch']}, "
+        f"commit {data['commit']}: {data['what']}.\n",
+        "| what | size | step | median ms | quartiles | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in data["measurements"]:
+        head = f"| {row['subject']} | {row['case']} | {row['mode']} |"
+        if "median_ms" not in row:
+            lines.append(f"{head} {row['status']} | | |")
+            continue
+        low, high = row["quartiles_ms"]
+        peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
+        figures = f"{row['median_ms']:.2f} | {low:.2f} to {high:.2f} | {peak}"
+        lines.append(f"{head} {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+MEASURED = ("layer", "network", "volume", "size", "scan", "predict", "efficiency")
+
 TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: scores(SCORED),
     "brief": lambda: scores(BRIEF),
     "cpu-ratios": cpu_ratios,
     "light-tuning-first": lambda: tuning("light-tuning-first"),
     "light-tuning": lambda: tuning("light-tuning"),
+    **{f"gpu-{name}": partial(measured, f"gpu_{name}") for name in MEASURED},
 }
 
 

@@ -336,10 +336,14 @@ class Benchmark:
     """Measure speed and memory here; exit code 1 if a check fails."""
 
     name: Annotated[
-        Positional[Literal["layer", "network", "volume", "size", "scan"]],
+        Positional[
+            Literal[
+                "layer", "network", "volume", "size", "scan", "predict", "efficiency"
+            ]
+        ],
         arg(metavar="NAME"),
     ]
-    """layer, network, volume, size or scan."""
+    """layer, network, volume, size, scan, predict or efficiency."""
     out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """JSON file to write, anew after every row."""
     device: str = "auto"
@@ -354,6 +358,10 @@ class Benchmark:
     """Back end of the scans."""
     peers: bool = True
     """Measure other networks and kernels too, where they are installed."""
+    case: Path | None = None
+    """Folder with one case's four scans, for predict; default: a simulated case."""
+    figure: Path | None = None
+    """Also draw speed against size to this PNG file (size and scan)."""
 
     def run(self) -> int:
         """Measure, then print one table."""
@@ -363,6 +371,7 @@ class Benchmark:
             run_benchmark,
             table_row,
         )
+        from segmamba.report.benchmark_figure import benchmark_figure
 
         settings = BenchmarkSettings(
             device=self.device,
@@ -371,12 +380,19 @@ class Benchmark:
             quick=self.quick,
             backend=self.backend,
             peers=self.peers,
+            case=self.case,
         )
         record = run_benchmark(self.name, settings, out=self.out, say=say)
         rows = map(table_row, record.data["measurements"])
         print_table(record.data["what"], HEADER, rows)
+        for side, ratio in record.data.get("cost_over_base", {}).items():
+            base = record.data["base_side"]
+            say(f"{side}^3: {ratio:.3f} times the time per voxel of {base}^3")
         for failure in record.failures:
             say_error(failure)
+        if self.figure is not None and not record.failures:
+            benchmark_figure(record.data, self.figure)
+            say(f"Drawn to {self.figure}")
         if self.out is not None:
             say(f"Written to {self.out}")
         return 1 if record.failures else 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,13 +19,15 @@ from segmamba.benchmark import (
     Record,
     checks,
     layer,
+    predict,
     run_benchmark,
     scan,
     table_row,
     timing,
 )
-from segmamba.errors import BackendUnavailableError, ConfigError
+from segmamba.errors import BackendUnavailableError, ConfigError, SegMambaError
 from segmamba.ops import selective_scan
+from segmamba.report.benchmark_figure import benchmark_figure, scan_lines
 
 QUICK = BenchmarkSettings(device="cpu", dtype="fp32", seconds=0.001, quick=True)
 
@@ -37,14 +41,20 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def quick_record(name: str) -> Record:
+    """One quick run, shared by the tests that look at it."""
+    return run_benchmark(name, QUICK)
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), [("layer", 8), ("volume", 1), ("size", 2), ("scan", 8)]
+    ("name", "rows"),
+    [("layer", 8), ("volume", 1), ("size", 2), ("scan", 8), ("efficiency", 8)],
 )
-def test_quick_run_measures_all_rows(name: str, rows: int, tmp_path: Path) -> None:
-    record = run_benchmark(name, QUICK, out=tmp_path / "out.json")
-    data = json.loads((tmp_path / "out.json").read_text())
+def test_quick_run_measures_all_rows(name: str, rows: int) -> None:
+    record = quick_record(name)
+    data = record.data
     assert record.failures == []
-    assert data["complete"]
     assert data["checks"]
     assert len(data["measurements"]) == rows
     for row in data["measurements"]:
@@ -53,6 +63,19 @@ def test_quick_run_measures_all_rows(name: str, rows: int, tmp_path: Path) -> No
         assert row["rounds"] >= 3
         assert len(table_row(row)) == len(HEADER)
     assert {"device", "versions", "commit", "dtype", "threads"} <= set(data)
+
+
+def test_file_is_written_after_every_row(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    record = Record("test", QUICK, out)
+    record.check("all", lambda: {"output": 1e-6}, 1e-4)
+    record.add("segmamba", "a", "forward", **timing.summary([1.0, 2.0]))
+    data = json.loads(out.read_text())
+    assert not data["complete"]
+    assert data["checks"]["all"]["passed"]
+    assert data["measurements"][0]["median_ms"] == 1.5
+    record.finish()
+    assert json.loads(out.read_text())["complete"]
 
 
 def test_network_measures_peers_beside_ours() -> None:
@@ -102,7 +125,8 @@ def wrong_in_float32():
 def test_wrong_scan_is_not_timed(monkeypatch) -> None:
     def broken(*inputs, backend):
         scale = 1.0 if backend == "reference" else 1.01
-        return scale * selective_scan(*inputs, backend=backend)
+        output: Any = selective_scan(*inputs, backend=backend)
+        return scale * output
 
     monkeypatch.setattr(scan, "selective_scan", broken)
     record = run_benchmark("scan", QUICK)
@@ -160,7 +184,7 @@ def test_extension_alone_gives_the_reference_gradients(monkeypatch) -> None:
     monkeypatch.setattr(scan.ExtensionScan, "extension", PlayedExtension)
     inputs = scan.Inputs.draw(QUICK, 2, 4, 9)
 
-    def reference(*tensors):
+    def reference(*tensors) -> Any:
         u, delta, A, B, C, D, bias = tensors
         return selective_scan(u, delta, A, B, C, D, None, bias, True)
 
@@ -189,6 +213,54 @@ class PlayedExtension:
             u, delta, A, B, C, D, bias = leaves
             out = selective_scan(u, delta, A, B, C, D, None, bias, softplus)
         return torch.autograd.grad(out, leaves, grad)
+
+
+def test_efficiency_counts_and_says_what_is_global() -> None:
+    rows = quick_record("efficiency").data["measurements"]
+    by_mixer = {row["mixer"]: row for row in rows}
+    assert by_mixer["large-kernel"]["tokens_seen"] == 343
+    assert by_mixer["window-attention"]["tokens_seen"] == 343
+    for name in ("self-attention", "tom"):
+        assert by_mixer[name]["global"]
+        assert by_mixer[name]["tokens_seen"] == by_mixer[name]["sequence"] == 512
+    assert len({row["multiply_adds"] for row in by_mixer.values()}) == 4
+    assert all(row["parameters"] > 1000 for row in by_mixer.values())
+
+
+def test_predict_times_the_whole_and_its_parts() -> None:
+    record = run_benchmark("predict", QUICK)
+    assert record.failures == []
+    rows = {row["mode"]: row for row in record.data["measurements"]}
+    parts = ["read", "preprocess", "network", "restore", "write"]
+    assert list(rows) == ["end to end", *parts]
+    assert rows["end to end"]["shape"] == [4, 26, 24, 20]
+    assert rows["end to end"]["windows"] >= 4
+    assert rows["end to end"]["cold_ms"] > 0
+    assert record.data["checks"]["prediction"]["errors"] == {
+        "differing voxels": 0,
+        "empty": 0,
+    }
+
+
+def test_predict_takes_a_case_of_ones_own(tmp_path: Path) -> None:
+    files = predict._simulate(tmp_path / "a-case", (20, 22, 18))
+    settings = replace(QUICK, case=tmp_path / "a-case")
+    rows = run_benchmark("predict", settings).data["measurements"]
+    assert rows[0]["shape"] == [4, 20, 22, 18]
+    files[0].unlink()
+    with pytest.raises(SegMambaError, match="four scans"):
+        run_benchmark("predict", settings)
+
+
+def test_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
+    for name in ("size", "scan"):
+        data = quick_record(name).data
+        benchmark_figure(data, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    lines = scan_lines(data["measurements"], "forward")
+    assert [x for x, _ in lines["segmamba", 8]] == [16, 16, 65, 65]
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        benchmark_figure({"measurements": []}, tmp_path / "none.png")
 
 
 def test_names_are_those_of_the_command_line() -> None:

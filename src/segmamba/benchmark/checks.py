@@ -62,17 +62,20 @@ def different_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> int:
     return sum(not torch.equal(a, b) for a, b in pairs)
 
 
-def float64_copy(module: nn.Module, backend: str) -> nn.Module:
-    """Copy a module to the CPU in float64, its scans done by a named back end.
+def float64_copy(
+    module: nn.Module, backend: str, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Copy a module in float64, its scans done by a named back end.
 
     Args:
         module: Any module; it stays as it is.
-        backend: "reference" or "chunked".
+        backend: "reference" or "chunked", both plain PyTorch.
+        device: Where the copy computes.
 
     Returns:
         The copy.
     """
-    return set_backend(copy.deepcopy(module).cpu().double(), backend)
+    return set_backend(copy.deepcopy(module).to(device).double(), backend)
 
 
 def set_backend(module: nn.Module, backend: str) -> nn.Module:

@@ -128,7 +128,9 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
     return {"preset": "segmamba", "parameters": count_parameters(network)}
 
 
-def check_network(record: Record, *, training: bool = False) -> bool:
+def check_network(
+    record: Record, *, training: bool = False, name: str = "network", **options: Any
+) -> bool:
     """Compare the network with its float64 copy on a small volume.
 
     The copy's scans are done by the back end "chunked", in float64, on the CPU. The
@@ -138,14 +140,17 @@ def check_network(record: Record, *, training: bool = False) -> bool:
     Args:
         record: Where the errors go.
         training: Compare gradients too, with checkpointing and without.
+        name: What the check is called.
+        **options: Fields of NetworkConfig.
 
     Returns:
         Whether all errors are within their limits.
     """
     settings = record.settings
-    network = build(settings)
-    record.data["network"] = describe_network(network)
-    truth = _Truth(settings, network, training)
+    network = build(settings, **options)
+    if not options:
+        record.data["network"] = describe_network(network)
+    truth = _Truth(settings, network, training, options)
     passed = True
     for precision in dict.fromkeys((settings.precision, "fp32")):
         limits = {"logits": NETWORK_LIMITS[precision]}
@@ -153,8 +158,11 @@ def check_network(record: Record, *, training: bool = False) -> bool:
             names = ("gradients", "gradients with checkpointing")
             limits |= dict.fromkeys(names, GRADIENT_LIMITS[precision])
         chosen = dataclasses.replace(settings, dtype=precision)
-        name = f"network in {precision}"
-        passed &= record.check(name, lambda chosen=chosen: truth.errors(chosen), limits)
+        passed &= record.check(
+            f"{name} in {precision}",
+            lambda chosen=chosen: truth.errors(chosen),
+            limits,
+        )
     return passed
 
 
@@ -162,9 +170,13 @@ class _Truth:
     """A network's float64 logits and gradients on a small volume."""
 
     def __init__(
-        self, settings: BenchmarkSettings, network: nn.Module, training: bool
+        self,
+        settings: BenchmarkSettings,
+        network: nn.Module,
+        training: bool,
+        options: dict[str, Any],
     ) -> None:
-        self.network, self.training = network, training
+        self.network, self.training, self.options = network, training, options
         size = QUICK_CHECK_SIZE if settings.quick else CHECK_SIZE
         self.volume = draw_volume(settings, 1, size)
         self.target = draw_target(settings, 1, size)
@@ -183,7 +195,9 @@ class _Truth:
                 logits = inference_run(self.network, settings, self.volume)()
             return {"logits": relative_error(_as_tensor(logits), self.logits)}
         found, logits = self._step(self.network, settings)
-        saving, _ = self._step(build(settings, checkpointing=True), settings)
+        saving, _ = self._step(
+            build(settings, checkpointing=True, **self.options), settings
+        )
         return {
             "logits": relative_error(logits, self.logits),
             "gradients": relative_error(found, self.gradients),

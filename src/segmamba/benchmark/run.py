@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from segmamba.benchmark.efficiency import benchmark_efficiency
 from segmamba.benchmark.environment import fixed_arithmetic
 from segmamba.benchmark.layer import benchmark_layer
 from segmamba.benchmark.network import (
@@ -12,6 +16,7 @@ from segmamba.benchmark.network import (
     benchmark_size,
     benchmark_volume,
 )
+from segmamba.benchmark.predict import benchmark_predict
 from segmamba.benchmark.record import Record, Say
 from segmamba.benchmark.scan import benchmark_scan
 from segmamba.benchmark.settings import BenchmarkSettings
@@ -28,6 +33,14 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
     ),
     "volume": ("one 240x240x160 volume in a single pass", benchmark_volume),
     "size": ("inference against the side of the volume", benchmark_size),
+    "predict": (
+        "one BraTS case end to end: four files to a label map",
+        benchmark_predict,
+    ),
+    "efficiency": (
+        "what mixes the tokens of the same encoder: cost of each",
+        benchmark_efficiency,
+    ),
     "scan": ("selective scan alone, mamba_ssm's kernel beside it", benchmark_scan),
 }
 """What each benchmark measures, and the function that does it."""
@@ -66,7 +79,14 @@ def run_benchmark(
     what, benchmark = BENCHMARKS[name]
     path = None if out is None else Path(out)
     record = Record(what, settings or BenchmarkSettings(), path, say)
-    with fixed_arithmetic():
+    with fixed_arithmetic(), _on(record.device):
         benchmark(record)
     record.finish()
     return record
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one, on whose clock and stream calls are timed."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

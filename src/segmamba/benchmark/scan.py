@@ -173,9 +173,9 @@ class Inputs:
         return cls(tensors, normal(batch, channels, length))
 
     def exact(self) -> Inputs:
-        """The same in float64 on the CPU."""
-        tensors = tuple(x.detach().cpu().double() for x in self.tensors)
-        return Inputs(tensors, self.weight.cpu().double())
+        """The same in float64."""
+        tensors = tuple(x.detach().double() for x in self.tensors)
+        return Inputs(tensors, self.weight.double())
 
     def forward(self, scan: Scan) -> Tensor:
         """Scan without gradient."""
