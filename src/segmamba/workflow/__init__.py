@@ -1,5 +1,6 @@
 """The job step by step: each command of the command line as a function."""
 
+from segmamba.workflow.compare import compare
 from segmamba.workflow.fold import TrainingOutcome
 from segmamba.workflow.folder import Progress, RunFolder, RunSettings, staged
 from segmamba.workflow.information import describe_plan, info
@@ -12,6 +13,7 @@ __all__ = [
     "RunSettings",
     "TrainingOutcome",
     "check",
+    "compare",
     "describe_plan",
     "evaluate",
     "info",
