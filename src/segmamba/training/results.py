@@ -63,15 +63,34 @@ class Pace:
     """Patches seen since then."""
     _began: float = field(default_factory=time.monotonic)
 
-    def rates(self, fraction: float) -> tuple[float, float]:
-        """Give the present rates.
+    def progress(
+        self,
+        step: int,
+        epoch: int,
+        fraction: float,
+        loss: float,
+        learning_rate: float,
+    ) -> Progress:
+        """Say where the run is and how fast it goes.
 
         Args:
+            step: Steps done.
+            epoch: The epoch going on, from 1.
             fraction: Share of the run that is over now.
+            loss: Loss of the step.
+            learning_rate: Learning rate of the step.
 
         Returns:
-            Patches a second, and the seconds that are left.
+            The same, with patches a second and the seconds that are left.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         pace = max(fraction - self.first_fraction, 1e-12) / seconds
-        return self.patches / seconds, (1 - fraction) / pace
+        return Progress(
+            step=step,
+            epoch=epoch,
+            fraction=fraction,
+            loss=loss,
+            learning_rate=learning_rate,
+            patches_per_s=self.patches / seconds,
+            remaining_s=(1 - fraction) / pace,
+        )

@@ -376,19 +376,8 @@ class Trainer:
     def _report(self, loss: float, learning_rate: float) -> None:
         if self.on_progress is None:
             return
-        fraction = self._progress()
-        patches_per_s, remaining_s = self._pace.rates(fraction)
-        self.on_progress(
-            Progress(
-                step=self.state.step,
-                epoch=self.state.epoch + 1,
-                fraction=fraction,
-                loss=loss,
-                learning_rate=learning_rate,
-                patches_per_s=patches_per_s,
-                remaining_s=remaining_s,
-            )
-        )
+        place = (self.state.step, self.state.epoch + 1, self._progress())
+        self.on_progress(self._pace.progress(*place, loss, learning_rate))
 
     def _result(self) -> TrainResult:
         patience = self._lost_patience() and self._progress() < 1
