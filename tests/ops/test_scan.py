@@ -286,7 +286,7 @@ def test_back_ends_that_cannot_run():
         selective_scan(**constant, backend="numba")
     with pytest.raises(ConfigError, match="unknown back end"):
         selective_scan(**tensors, backend="cuda")
-    assert set(available_backends()) == {"reference", "chunked", "numba"}
+    assert set(available_backends()) == {"reference", "chunked", "numba", "triton"}
 
 
 @pytest.mark.parametrize("backend", ["chunked", "numba"])

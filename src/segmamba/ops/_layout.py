@@ -15,6 +15,9 @@ STATES = 4
 Four independent chains of arithmetic keep the processor's units busy.
 """
 
+GPU_STATES = 16
+"""States that Triton's kernels take a multiple of."""
+
 ROWS = 8
 """Rows, or columns, that a small matrix product handles at once."""
 

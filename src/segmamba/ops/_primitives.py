@@ -1,18 +1,26 @@
 """The operators of torch.library that the public functions are made of.
 
-Rows are channels-last: (batch, L, channels). Numba's kernels are imported at the first
-call, so that this module works where Numba is missing.
+Rows are channels-last: (batch, L, channels). Kernels are imported at the first call, so
+that this module works where Numba or Triton is missing.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from segmamba.ops._chunked import scan_chunked, scan_chunked_backward
 from segmamba.ops._layout import LANES, STATES, kept_shape
+
+
+def _operators(method: str) -> Any:
+    """The module of operators of "numba" or "triton"."""
+    return importlib.import_module(f"segmamba.ops._{method}.operators")
+
 
 # --- the scan -------------------------------------------------------------------------
 
@@ -23,13 +31,11 @@ def scan_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan rows; arguments and results as `scan_reference`.
 
-    `method` is "chunked" or "numba"; `keep` keeps Numba's states for the backward, as
-    a third result.
+    `method` is "chunked", "numba" or "triton"; `keep` keeps the states that the last
+    two need for their backward, as a third result.
     """
-    if method == "numba":
-        from segmamba.ops._numba import operators
-
-        return operators.scan_rows(u, dt, A, B, C, keep)
+    if method != "chunked":
+        return _operators(method).scan_rows(u, dt, A, B, C, keep)
     return *scan_chunked(u, dt, A, B, C), u.new_empty(0)
 
 
@@ -40,6 +46,8 @@ def _(u, dt, A, B, C, method, keep):
         groups, states = B.shape[2:]
         channels = groups * (-(-(u.shape[2] // groups) // LANES)) * LANES
         kept = kept_shape(*u.shape[:2], channels, -(-states // STATES) * STATES)
+    elif method == "triton" and keep:
+        kept = _operators(method).scan_kept_shape(u, A, B)
     return (
         u.new_empty(u.shape),
         u.new_empty(u.shape[0], *A.shape),
@@ -60,10 +68,9 @@ def scan_rows_backward(
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `scan_rows` with respect to u, dt, A, B and C."""
-    if method == "numba":
-        from segmamba.ops._numba import operators
-
-        return operators.scan_rows_backward(grad_y, grad_last, u, dt, A, B, C, kept)
+    if method != "chunked":
+        backward = _operators(method).scan_rows_backward
+        return backward(grad_y, grad_last, u, dt, A, B, C, kept)
     return scan_chunked_backward(grad_y, grad_last, u, dt, A, B, C)
 
 
@@ -91,9 +98,7 @@ scan_rows.register_autograd(_scan_gradients, setup_context=_scan_context)
 @torch.library.custom_op("segmamba::conv_rows", mutates_args=())
 def conv_rows(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     """Convolve rows x (batch, L, E) causally with taps (E, W), then silu if asked."""
-    from segmamba.ops._numba import operators
-
-    return operators.conv_rows(x, weight, bias, silu)
+    return _operators("numba").conv_rows(x, weight, bias, silu)
 
 
 @conv_rows.register_fake
@@ -106,9 +111,7 @@ def conv_rows_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `conv_rows` with respect to x, weight and bias."""
-    from segmamba.ops._numba import operators
-
-    return operators.conv_rows_backward(grad, x, weight, bias, silu)
+    return _operators("numba").conv_rows_backward(grad, x, weight, bias, silu)
 
 
 @conv_rows_backward.register_fake
@@ -209,3 +212,63 @@ def _tri_gradients(ctx, grad, grad_y, grad_kept):
 
 
 tri_scan.register_autograd(_tri_gradients, setup_context=_tri_context)
+
+# --- the tri-orientated scan, by Triton -----------------------------------------------
+
+
+@torch.library.custom_op("segmamba::tri_scan_gpu", mutates_args=())
+def tri_scan_gpu(
+    xz: Tensor,
+    parameters: Sequence[Tensor],
+    strides: Sequence[int],
+    reverses: Sequence[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan tokens in several orders, sum and gate; see `_triton.operators.tri_scan`."""
+    orders = tuple(_orders(strides, reverses))
+    with torch.autocast(xz.device.type, enabled=False):
+        return _operators("triton").tri_scan(xz, parameters, orders, keep)
+
+
+@tri_scan_gpu.register_fake
+def _(xz, parameters, strides, reverses, keep):
+    batch, length, width = xz.shape
+    out = xz.new_empty(batch, length, width // 2)
+    if not keep:
+        return out, xz.new_empty(0), xz.new_empty(0)
+    states = parameters[5].shape[1]
+    kept = _operators("triton").tri_kept_shape(xz, states, len(strides))
+    return out, torch.empty_like(out), xz.new_empty(kept, dtype=torch.float32)
+
+
+@torch.library.custom_op("segmamba::tri_scan_gpu_backward", mutates_args=())
+def tri_scan_gpu_backward(
+    grad: Tensor,
+    xz: Tensor,
+    total: Tensor,
+    kept: Tensor,
+    parameters: Sequence[Tensor],
+    strides: Sequence[int],
+    reverses: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of `tri_scan_gpu` with respect to xz and each parameter."""
+    orders = tuple(_orders(strides, reverses))
+    backward = _operators("triton").tri_scan_backward
+    with torch.autocast(xz.device.type, enabled=False):
+        return backward(grad, xz, total, kept, parameters, orders)
+
+
+@tri_scan_gpu_backward.register_fake
+def _(grad, xz, total, kept, parameters, strides, reverses):
+    return [torch.empty_like(x) for x in (xz, *parameters)]
+
+
+def _tri_gpu_gradients(ctx, grad, grad_total, grad_kept):
+    xz, total, kept, *parameters = ctx.saved_tensors
+    grad_xz, *gradients = tri_scan_gpu_backward(
+        grad.contiguous(), xz, total, kept, parameters, ctx.strides, ctx.reverses
+    )
+    return grad_xz, gradients, None, None, None
+
+
+tri_scan_gpu.register_autograd(_tri_gpu_gradients, setup_context=_tri_context)

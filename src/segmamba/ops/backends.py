@@ -9,7 +9,7 @@ import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, describe
 
-BACKENDS = ("reference", "chunked", "numba")
+BACKENDS = ("reference", "chunked", "numba", "triton")
 
 
 @functools.cache
@@ -68,11 +68,17 @@ def available_backends() -> dict[str, str]:
         "reference": "available",
         "chunked": "available",
         "numba": _numba_status(),
+        "triton": triton_status(),
     }
 
 
 def resolve_backend(
-    name: str, *, device: torch.device, dtype: torch.dtype, numba_limit: str = ""
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    limit: str = "",
+    numba_limit: str = "",
 ) -> str:
     """Turn a wished-for back end into one that can run.
 
@@ -80,7 +86,8 @@ def resolve_backend(
         name: "auto" or one of `BACKENDS`.
         device: Where the tensors are.
         dtype: The type in which the scan computes, float32 or float64.
-        numba_limit: Why Numba can't serve this very call; empty if it can.
+        limit: Why only "reference" and "chunked" serve this call; empty if all do.
+        numba_limit: Why Numba in particular doesn't; empty if it does.
 
     Returns:
         The name of a back end that can run this call.
@@ -99,17 +106,48 @@ def resolve_backend(
         )
     if name in ("reference", "chunked"):
         return name
-    reason = numba_limit or _why_not_numba(device, dtype)
+    reasons = {
+        "triton": _why_not_triton(device, dtype) or limit,
+        "numba": _why_not_numba(device, dtype) or limit or numba_limit,
+    }
     if name == "auto":
-        return "chunked" if reason else "numba"
-    if reason:
+        return _automatic(reasons)
+    if reasons[name]:
         raise BackendUnavailableError(
             describe(
-                f"the numba back end can't run this: {reason}",
+                f"the {name} back end can't run this: {reasons[name]}",
                 remedy='Use backend="auto" or backend="chunked".',
             )
         )
     return name
+
+
+def _automatic(reasons: dict[str, str]) -> str:
+    """The fastest back end with no reason against it; never an interpreted one."""
+    for name, reason in reasons.items():
+        if not reason and not (name == "triton" and _triton_interprets()):
+            return name
+    return "chunked"
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return f"it computes in float32, and these tensors are {dtype}"
+    if _constant_triton_status() != "available":
+        return _constant_triton_status()
+    if device.type != "cuda" and not _triton_interprets():
+        return f"it needs tensors on a GPU, and these are on {device.type}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _constant_triton_status() -> str:
+    return triton_status()
+
+
+@torch.compiler.assume_constant_result
+def _triton_interprets() -> bool:
+    return triton_is_interpreted()
 
 
 def _why_not_numba(device: torch.device, dtype: torch.dtype) -> str:

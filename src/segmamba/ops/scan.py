@@ -45,7 +45,7 @@ def selective_scan(
         delta_bias: Added to delta, (D).
         delta_softplus: Put softplus on delta + delta_bias (linear above 20).
         return_last_state: Also return the state after the last step.
-        backend: "auto", "reference", "chunked" or "numba".
+        backend: "auto", "reference", "chunked", "numba" or "triton".
 
     Returns:
         (batch, D, L) in u's type; with `return_last_state` also (batch, D, N).
@@ -92,7 +92,7 @@ def scan(
         y (batch, L, E) and the last state (batch, E, N).
     """
     limit = "B or C is constant over positions" if 2 in (B.ndim, C.ndim) else ""
-    method = resolve_backend(backend, device=u.device, dtype=u.dtype, numba_limit=limit)
+    method = resolve_backend(backend, device=u.device, dtype=u.dtype, limit=limit)
     if method == "reference":
         return scan_reference(u, dt, A, B, C)
     tensors = tuple(x.contiguous() for x in (u, dt, A, B, C))

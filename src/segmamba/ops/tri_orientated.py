@@ -9,8 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import GeometryError, describe
-from segmamba.ops._layout import LANES, STATES, pad_axis, pad_rows, pad_split, pad_taps
-from segmamba.ops._primitives import tri_scan
+from segmamba.ops._layout import (
+    GPU_STATES,
+    LANES,
+    STATES,
+    pad_axis,
+    pad_rows,
+    pad_split,
+    pad_taps,
+)
+from segmamba.ops._primitives import tri_scan, tri_scan_gpu
 from segmamba.ops.backends import resolve_backend
 from segmamba.ops.convolution import conv_limit, conv_rows
 from segmamba.ops.orders import Order, check_orders, scan_order
@@ -47,7 +55,7 @@ def tri_orientated_scan(
         D: K tensors (E).
         orders: K pairs (stride S, reverse). Position t of a scan holds token
             (t mod S) * (L / S) + t // S; with reverse, the one of position L - 1 - t.
-        backend: "auto", "reference", "chunked" or "numba".
+        backend: "auto", "reference", "chunked", "numba" or "triton".
 
     Returns:
         (batch, L, E) in xz's type, rows in token order.
@@ -77,12 +85,14 @@ def tri_orientated_scan(
     limit = conv_limit(conv_weight[0].shape[-1])
     method = resolve_backend(backend, device=xz.device, dtype=work, numba_limit=limit)
     with torch.autocast(xz.device.type, enabled=False):
+        directions = list(zip(*parameters, strict=True))
+        if method == "triton":
+            return _scan_on_gpu(xz, directions, orders)
         if method == "numba":
-            directions = list(zip(*parameters, strict=True))
             return _scan_fused(xz.to(work), directions, orders).to(xz.dtype)
         x, z = xz.to(work).chunk(2, dim=-1)
         total = torch.zeros_like(x)
-        for order, direction in zip(orders, zip(*parameters, strict=True), strict=True):
+        for order, direction in zip(orders, directions, strict=True):
             tokens = scan_order(x.shape[1], order, x.device)
             cast = tuple(p.to(work) for p in direction)
             y = _scan_direction(x[:, tokens], cast, method)
@@ -117,6 +127,47 @@ def _scan_fused(
         needs_gradient(xz, *parameters),
     )
     return out[..., :channels] if channels % LANES else out
+
+
+def _scan_on_gpu(
+    xz: Tensor, directions: Sequence[tuple[Tensor, ...]], orders: Sequence[Order]
+) -> Tensor:
+    """All directions in one operator, in xz's type, on padded channels and states."""
+    channels = xz.shape[2] // 2
+    if channels % LANES:
+        xz = pad_rows(xz, 2)
+    parameters = [p for d in directions for p in _pad_for_gpu(d)]
+    out, _, _ = tri_scan_gpu(
+        xz.contiguous(),
+        parameters,
+        [stride for stride, _ in orders],
+        [int(reverse) for _, reverse in orders],
+        needs_gradient(xz, *parameters),
+    )
+    return out[..., :channels] if channels % LANES else out
+
+
+def _pad_for_gpu(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Bring a direction's parameters to what the Triton kernels take.
+
+    Channels that are added have u = 0, states that are added have B = C = 0. The
+    convolution's weight becomes (E, W).
+    """
+    weight, offset, x_proj, dt_proj, dt_bias, A_log, D = (
+        p.to(torch.float32) for p in direction
+    )
+    states, rank = A_log.shape[1], dt_proj.shape[1]
+    if states % GPU_STATES:
+        multiples = [1, GPU_STATES, GPU_STATES]
+        x_proj = pad_split(x_proj, [rank, states, states], multiples)
+        A_log = pad_axis(A_log, -1, GPU_STATES)
+    if weight.shape[0] % LANES:
+        offset, x_proj, dt_bias, D = (
+            pad_axis(v, -1, LANES) for v in (offset, x_proj, dt_bias, D)
+        )
+        dt_proj, A_log = pad_axis(dt_proj, -2, LANES), pad_axis(A_log, -2, LANES)
+        weight = pad_axis(weight, -3, LANES)
+    return weight.squeeze(1), offset, x_proj, dt_proj, dt_bias, A_log, D
 
 
 def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
