@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -261,6 +263,16 @@ def test_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
     assert [x for x, _ in lines["segmamba", 8]] == [16, 16, 65, 65]
     with pytest.raises(ConfigError, match="nothing to draw"):
         benchmark_figure({"measurements": []}, tmp_path / "none.png")
+
+
+def test_gpu_machine_needs_no_file_formats_and_no_command_line() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "('nibabel', 'isal', 'tyro', 'rich', 'matplotlib', 'monai'))); "
+        "import segmamba.benchmark"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_are_those_of_the_command_line() -> None:

@@ -16,11 +16,18 @@ from segmamba.benchmark.network import (
     benchmark_size,
     benchmark_volume,
 )
-from segmamba.benchmark.predict import benchmark_predict
 from segmamba.benchmark.record import Record, Say
 from segmamba.benchmark.scan import benchmark_scan
 from segmamba.benchmark.settings import BenchmarkSettings
 from segmamba.errors import ConfigError, describe
+
+
+def _predict(record: Record) -> None:
+    # The others need neither file formats nor what reads them.
+    from segmamba.benchmark.predict import benchmark_predict
+
+    benchmark_predict(record)
+
 
 BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
     "layer": (
@@ -35,7 +42,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
     "size": ("inference against the side of the volume", benchmark_size),
     "predict": (
         "one BraTS case end to end: four files to a label map",
-        benchmark_predict,
+        _predict,
     ),
     "efficiency": (
         "what mixes the tokens of the same encoder: cost of each",
