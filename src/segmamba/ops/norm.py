@@ -131,16 +131,15 @@ def _reference(
         y = F.relu(y, inplace=True)
     if activation == "leaky_relu":
         y = F.leaky_relu(y, slope, inplace=True)
-    if residual is None or join != "after":
-        return y
-    # A ReLU's gradient needs what it gave.
-    return y + residual if y.requires_grad else _add(y, residual)
+    return _add(y, residual) if residual is not None and join == "after" else y
 
 
 def _add(y: Tensor, other: Tensor) -> Tensor:
-    """Add into y, if its type allows, so that there is one map less in memory."""
-    wider = torch.promote_types(y.dtype, other.dtype) != y.dtype
-    return y + other if wider else y.add_(other)
+    """Add into y where no gradient is asked for: one map less is in memory then."""
+    if y.requires_grad or other.requires_grad:
+        return y + other
+    same_type = torch.promote_types(y.dtype, other.dtype) == y.dtype
+    return y.add_(other) if same_type else y + other
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
