@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segmamba.config import PeerConfig
+from segmamba.errors import ConfigError
 from segmamba.nn import build_network, preset_config
 from segmamba.nn.blocks import VoidBiasConvolution
 
@@ -26,22 +28,35 @@ class NetworkContract:
     """Inherit, and say how to build the network small."""
 
     name = ""
-    options: dict = {"dims": (8, 12, 16), "hidden_size": 20, "depths": (0, 1, 1)}
+    options: dict = {}
+
+    optional: frozenset[str] = frozenset({"num_slices"})
+    deep_supervision = True
+    checkpointing = True
+    odd_options: dict = {}
+    small_size = SMALL_SIZE
+
+    def levels(self, network: nn.Module) -> int:
+        """How many resolutions deep supervision gives."""
+        decoder = network.decoder
+        assert isinstance(decoder, nn.ModuleList)
+        return len(decoder)
 
     def build(self, **options) -> nn.Module:
         torch.manual_seed(3)
         merged = {
             "in_channels": 3,
             "out_channels": 5,
-            "d_state": 3,
             **self.options,
             **options,
         }
         return build_network(preset_config(self.name, **merged))
 
-    def image(self, size=SMALL_SIZE, batch: int = 1, channels: int = 3) -> Tensor:
+    def image(self, size=None, batch: int = 1, channels: int = 3) -> Tensor:
         generator = torch.Generator().manual_seed(7)
-        return torch.randn(batch, channels, *size, generator=generator)
+        return torch.randn(
+            batch, channels, *(size or self.small_size), generator=generator
+        )
 
     def gradients(self, network: nn.Module, image: Tensor) -> dict[str, Tensor | None]:
         network.train()
@@ -57,7 +72,7 @@ class NetworkContract:
         return {name: item.grad for name, item in network.named_parameters()}
 
     def test_any_size_comes_back(self):
-        network = self.build(in_channels=1).eval()
+        network = self.build(in_channels=1, **self.odd_options).eval()
         with torch.no_grad():
             logits = network(self.image(ODD_SIZE, channels=1))
         assert logits.shape == (1, 5, *ODD_SIZE)
@@ -88,11 +103,10 @@ class NetworkContract:
         network = self.build()
         config = network.config
         assert build_network(config).config == config
-        optional = {"num_slices"}
         assert all(
             getattr(config, field) is not None
             for field in config.__dataclass_fields__
-            if field not in optional
+            if field not in self.optional
         )
 
     def test_training_and_evaluation_are_the_same(self):
@@ -113,7 +127,7 @@ class NetworkContract:
         torch.testing.assert_close(together[1:], others, atol=2e-5, rtol=2e-5)
 
     def test_the_gradient_reaches_every_parameter(self):
-        network = self.build(deep_supervision=True)
+        network = self.build(deep_supervision=self.deep_supervision)
         gradients = self.gradients(network, self.image((16, 17, 18)))
         void = void_biases(network)
         dead = [
@@ -125,6 +139,10 @@ class NetworkContract:
         assert all(gradients[name] is None for name in void)
 
     def test_checkpointing_changes_no_gradient(self):
+        if not self.checkpointing:
+            with pytest.raises(ConfigError, match="checkpointing"):
+                self.build(checkpointing=True)
+            return
         image = self.image()
         plain = self.gradients(self.build(), image)
         saved = self.gradients(self.build(checkpointing=True), image)
@@ -132,11 +150,15 @@ class NetworkContract:
             torch.testing.assert_close(gradient, saved[name], msg=name)
 
     def test_deep_supervision_gives_every_level_in_training(self):
+        if not self.deep_supervision:
+            with pytest.raises(ConfigError, match="deep_supervision"):
+                self.build(deep_supervision=True)
+            return
         network = self.build(deep_supervision=True)
         image = self.image((17, 12, 11))
         outputs = network.train()(image)
         sizes = [tuple(item.shape[2:]) for item in outputs]
-        levels = len(network.decoder)
+        levels = self.levels(network)
         assert sizes == [
             tuple(-(-side // 2**level) for side in (17, 12, 11))
             for level in range(levels)
@@ -187,3 +209,14 @@ class NetworkContract:
         gradients = {k: g for k, g in found.items() if k not in void_biases(network)}
         assert all(item.dtype == torch.float32 for item in gradients.values())
         assert all(item.isfinite().all() for item in gradients.values())
+
+
+class PeerContract(NetworkContract):
+    """What a peer has in the place of SegMamba's settings."""
+
+    optional = frozenset(PeerConfig.__dataclass_fields__)
+    deep_supervision = False
+    checkpointing = False
+
+    def levels(self, network: nn.Module) -> int:
+        return len(network.config.strides)

@@ -22,22 +22,37 @@ from segmamba.nn import (
 )
 from segmamba.nn.segmamba import padded_size
 
+SMALL = {
+    "dims": (8, 12, 16),
+    "hidden_size": 20,
+    "depths": (0, 1, 1),
+    "d_state": 3,
+}
+
 
 class TestSegmamba(NetworkContract):
     name = "segmamba"
+    options = SMALL
 
 
 class TestSegmambaV1(NetworkContract):
     name = "segmamba-v1"
+    options = SMALL
 
 
 class TestSegmambaPaper(NetworkContract):
     name = "segmamba-paper"
+    options = SMALL
 
 
 class TestSegmambaLight(NetworkContract):
     name = "segmamba-light"
-    options = {"dims": (8, 12, 16), "depths": (0, 1, 1), "base_channels": 6}
+    options = {
+        "dims": (8, 12, 16),
+        "depths": (0, 1, 1),
+        "base_channels": 6,
+        "d_state": 3,
+    }
 
 
 class TestAnisotropic(NetworkContract):
@@ -47,6 +62,7 @@ class TestAnisotropic(NetworkContract):
     options = {
         "dims": (7, 10),
         "hidden_size": 13,
+        "d_state": 3,
         "depths": (1, 1),
         "strides": ((1, 2, 2), (2, 2, 1)),
         "orientations": (

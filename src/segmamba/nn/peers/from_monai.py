@@ -51,7 +51,7 @@ def _unetr(config: PeerConfig) -> nn.Module:
 
     assert config.patch_size is not None
     hidden = config.hidden_size or 768
-    return UNETR(
+    network = UNETR(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         img_size=config.patch_size,
@@ -59,6 +59,9 @@ def _unetr(config: PeerConfig) -> nn.Module:
         hidden_size=hidden,
         mlp_dim=4 * hidden,
     )
+    for block in network.vit.blocks:  # made for other networks, and never called here
+        block.norm_cross_attn = block.cross_attn = nn.Identity()
+    return network
 
 
 def _swinunetr(config: PeerConfig) -> nn.Module:

@@ -76,7 +76,21 @@ def build_from_nnunet(config: PeerConfig) -> nn.Module:
     if not config.deep_supervision:  # heads that no gradient would reach
         for level in range(len(dims) - 2):
             network.decoder.seg_layers[level] = nn.Identity()
+    _drop_second_names(network)
     return network
+
+
+def _drop_second_names(network: nn.Module) -> None:
+    """Leave each weight one name, for files that may hold none twice.
+
+    The decoder knows the encoder, and blocks their layers, without calling them so.
+    """
+    del network.get_submodule("decoder").encoder
+    for module in list(network.modules()):
+        called = getattr(module, "all_modules", None)
+        for name, child in list(module.named_children()):
+            if called is not None and any(child is layer for layer in called):
+                delattr(module, name)
 
 
 def kernel_sizes(strides: Sequence[Size3]) -> list[Size3]:
