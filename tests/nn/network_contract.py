@@ -35,6 +35,7 @@ class NetworkContract:
     checkpointing = True
     odd_options: dict = {}
     small_size = SMALL_SIZE
+    exact_gradients = True
 
     def levels(self, network: nn.Module) -> int:
         """How many resolutions deep supervision gives."""
@@ -195,6 +196,8 @@ class NetworkContract:
         image = image.contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad():
             torch.testing.assert_close(last(image), logits, atol=1e-3, rtol=1e-3)
+        if not self.exact_gradients:  # slow in float64
+            return
         found = self.gradients(last.double(), image.double())
         exact = self.gradients(self.build().double(), self.image(batch=2).double())
         void = void_biases(last)

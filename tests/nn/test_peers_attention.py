@@ -25,6 +25,7 @@ class TestSwinUNETR(PeerContract):
     name = "swinunetr"
     options = {"base_channels": 12, "depths": (2, 1, 1, 1)}
     checkpointing = True
+    exact_gradients = False
     small_size = (17, 18, 33)  # else all sides would be padded to 64
 
 

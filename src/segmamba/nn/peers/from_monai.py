@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from segmamba.config import PeerConfig
@@ -67,7 +69,7 @@ def _unetr(config: PeerConfig) -> nn.Module:
 def _swinunetr(config: PeerConfig) -> nn.Module:
     from monai.networks.nets.swin_unetr import SwinUNETR
 
-    return SwinUNETR(
+    network = SwinUNETR(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         depths=config.depths or (2, 2, 2, 2),
@@ -75,6 +77,13 @@ def _swinunetr(config: PeerConfig) -> nn.Module:
         use_checkpoint=config.checkpointing,
         use_v2=config.name == "swinunetr-v2",
     )
+    # Its check of the size breaks compiled graphs; images are padded before they come.
+    network._check_input_size = _accept_size
+    return network
+
+
+def _accept_size(spatial_shape: Sequence[int]) -> None:
+    """Take an image of any size."""
 
 
 def _mednext(config: PeerConfig) -> nn.Module:
