@@ -251,7 +251,7 @@ def tri_scan_gpu_backward(
     strides: Sequence[int],
     reverses: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of `tri_scan_gpu` with respect to xz and each parameter."""
+    """Gradients of `tri_scan_gpu` for xz and the parameters, stacked by kind."""
     orders = tuple(_orders(strides, reverses))
     backward = _operators("triton").tri_scan_backward
     with torch.autocast(xz.device.type, enabled=False):
@@ -260,14 +260,16 @@ def tri_scan_gpu_backward(
 
 @tri_scan_gpu_backward.register_fake
 def _(grad, xz, total, kept, parameters, strides, reverses):
-    return [torch.empty_like(x) for x in (xz, *parameters)]
+    kinds = (x.new_empty(len(strides), *x.shape) for x in parameters[:7])
+    return [torch.empty_like(xz), *kinds]
 
 
 def _tri_gpu_gradients(ctx, grad, grad_total, grad_kept):
     xz, total, kept, *parameters = ctx.saved_tensors
-    grad_xz, *gradients = tri_scan_gpu_backward(
+    grad_xz, *kinds = tri_scan_gpu_backward(
         grad.contiguous(), xz, total, kept, parameters, ctx.strides, ctx.reverses
     )
+    gradients = [kind[k] for k in range(len(ctx.strides)) for kind in kinds]
     return grad_xz, gradients, None, None, None
 
 

@@ -114,34 +114,44 @@ def conv_silu_back(
     W: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Gradient of u to that of the convolution, in place; sums for taps and bias.
 
-    partial is (rows, tiles, W + 1, E).
+    A program does TILES tiles along the rows; partial is (rows, programs, W + 1, E).
     """
-    rows, channels = tile_of(E, BT, BE)
+    channels = tl.program_id(1) * BE + tl.arange(0, BE)[None, :]
     row_of = tl.program_id(2)
     direction, case = row_of // batch, row_of % batch
     stride = tl.load(orders_ptr + 2 * direction)
     reverse = tl.load(orders_ptr + 2 * direction + 1)
     taps, bias = load_taps(weight_ptr, bias_ptr, direction, channels, E, W)
-    inside = (rows < L) & (channels < E)
-    total = convolve(
-        xz_ptr, taps, bias, case, rows, channels, inside, stride, reverse, L, E, W
-    )
-    gate = sigmoid(total)
-    pointers = grad_ptr + (row_of.to(tl.int64) * L + rows) * E + channels
-    grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    grad *= gate * (1.0 + total * (1.0 - gate))
-    grad = tl.where(inside, grad, 0.0)
-    tl.store(pointers, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    tile = row_of.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    sums = partial_ptr + tile * (W + 1) * E + channels
-    for j in tl.static_range(W):
-        place = rows - (W - 1 - j)
-        x = load_x(xz_ptr, case, place, channels, inside, stride, reverse, L, E)
-        tl.store(sums + j * E, tl.sum(grad * x, 0)[None, :], mask=channels < E)
-    tl.store(sums + W * E, tl.sum(grad, 0)[None, :], mask=channels < E)
+    sums = ()
+    for _ in tl.static_range(W + 1):
+        sums = sums + (tl.zeros([BT, BE], tl.float32),)
+    for tile in range(TILES):
+        rows = (tl.program_id(0) * TILES + tile) * BT + tl.arange(0, BT)[:, None]
+        inside = (rows < L) & (channels < E)
+        total = bias
+        inputs = ()
+        for j in tl.static_range(W):
+            place = rows - (W - 1 - j)
+            x = load_x(xz_ptr, case, place, channels, inside, stride, reverse, L, E)
+            inputs = inputs + (x,)
+            total += taps[j] * x
+        gate = sigmoid(total)
+        pointers = grad_ptr + (row_of.to(tl.int64) * L + rows) * E + channels
+        grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        grad *= gate * (1.0 + total * (1.0 - gate))
+        tl.store(pointers, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        after = ()
+        for j in tl.static_range(W):
+            after = after + (sums[j] + grad * inputs[j],)
+        sums = after + (sums[W] + grad,)
+    program = row_of.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    target = partial_ptr + program * (W + 1) * E + channels
+    for j in tl.static_range(W + 1):
+        tl.store(target + j * E, tl.sum(sums[j], 0)[None, :], mask=channels < E)
 
 
 @triton.jit

@@ -18,8 +18,17 @@ LANES = 32
 _RESIDENT = 8
 """Programs of the gradients' kernel that a multiprocessor holds: 255 registers each."""
 
+_REGISTERS: int | None = None
+"""Most registers of a thread of that kernel; None for as many as there are."""
+
 _REPLAYED = 2
 """Steps that the gradients' kernel replays into registers at a time."""
+
+_LOADED = 2
+"""Steps whose inputs the other kernels load at a time."""
+
+_LEFT = 4
+"""The same for the gradients' kernel, when it leaves states."""
 
 
 def ceil_divide(count: int, size: int) -> int:
@@ -167,17 +176,15 @@ class Scan:
         )
 
 
-def run_forward(scan: Scan, y: Tensor) -> Tensor:
+def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> None:
     """Scan all rows.
 
     Args:
         scan: The inputs.
         y: Written: (rows, L, E) by token.
-
-    Returns:
-        States and sums of step sizes; see `kept_shape`.
+        kept: Written: states and sums of step sizes; see `kept_shape`.
+        add: Add to y instead.
     """
-    kept = scan.new_slots()
     grid = (scan.chunks, scan.groups * scan.blocks, scan.rows)
     head = (scan.u, scan.code, scan.B)
     parameters = (scan.rates, scan.weight, scan.bias)
@@ -187,6 +194,7 @@ def run_forward(scan: Scan, y: Tensor) -> Tensor:
         kept,
         *scan.sizes(scan.code, scan.B),
         BE=LANES,
+        U=_LOADED,
         **scan.constants,
     )
     _carry(scan, kept, kept, back=False, first=False)
@@ -200,9 +208,10 @@ def run_forward(scan: Scan, y: Tensor) -> Tensor:
         y,
         *scan.sizes(scan.code, scan.B, scan.C),
         BE=LANES,
+        U=_LOADED,
+        ADD=add,
         **scan.constants,
     )
-    return kept
 
 
 def _carry(
@@ -235,6 +244,7 @@ class ScanGradients:
         C: (rows, L, G * N).
         A: (K, N, E), float32: of A itself.
         D: (K, E), float32.
+        bias: (K, E), float32: of the step sizes' bias.
     """
 
     steps: Tensor
@@ -242,6 +252,7 @@ class ScanGradients:
     C: Tensor
     A: Tensor
     D: Tensor
+    bias: Tensor
 
 
 def run_backward(
@@ -255,7 +266,7 @@ def run_backward(
 
     Args:
         scan: The inputs.
-        kept: As `run_forward` gave it.
+        kept: As `run_forward` wrote it.
         grad_y: (rows or batch, L, E) by token; with batch rows, all directions' sum
             has this gradient.
         grad_u: Written: (rows, L, E), by position.
@@ -288,6 +299,7 @@ def run_backward(
             scan.code.stride(-2),
             scan.C.stride(-2),
             scan.steps,
+            U=_LOADED,
             **scan.constants,
         )
     _carry(scan, adjoints, kept, back=True, first=grad_last is not None)
@@ -307,7 +319,7 @@ def _gradients(
     per_program = scan.steps * (scan.states * LANES // _REPLAYED + LANES)
     per_program += scan.steps * 2 * scan.states
     scratch = scan.rates.new_empty(count * per_program)
-    partial = scan.rates.new_empty(programs, scan.rows, scan.states + 1, scan.channels)
+    partial = scan.rates.new_empty(programs, scan.rows, scan.states + 2, scan.channels)
     grad_step = torch.empty_like(grad_u)
     length, channels, per_group, batch, chunks = scan.sizes()[:5]
     scan_backward_kernels.scan_gradients[(programs, scan.groups * splits, scan.rows)](
@@ -344,6 +356,8 @@ def _gradients(
         splits,
         scan.steps,
         S=_REPLAYED,
+        U=_LEFT,
+        maxnreg=_REGISTERS,
         **scan.constants,
     )
     if splits > 1:
@@ -351,7 +365,8 @@ def _gradients(
     total = partial.sum(0)
     total = total.view(len(scan.orders), scan.batch, *total.shape[1:]).sum(1)
     of_b, of_c = grad_bc[0].split(shared, dim=-1)
-    return ScanGradients(grad_step, of_b, of_c, total[:, :-1], total[:, -1])
+    of_a, of_d, of_bias = total[:, :-2], total[:, -2], total[:, -1]
+    return ScanGradients(grad_step, of_b, of_c, of_a, of_d, of_bias)
 
 
 def _cut(scan: Scan) -> tuple[int, int]:

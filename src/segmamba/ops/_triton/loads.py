@@ -10,11 +10,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_four(pointers, ASM: tl.constexpr):
+def load_four(pointers, ASM: tl.constexpr, OWN: tl.constexpr = False):
     """Four neighbours in memory for each pointer, as four float32 tensors.
 
     With ASM they are one load of 8 or 16 aligned bytes, which the compiler would not
-    make: it sees one value a thread. Triton's interpreter has no assembler.
+    make: it sees one value a thread. Triton's interpreter has no assembler. OWN memory
+    is written by this kernel too, so that loads must keep their place.
     """
     if ASM:
         if pointers.dtype.element_ty == tl.float32:
@@ -23,7 +24,7 @@ def load_four(pointers, ASM: tl.constexpr):
                 "=r,=r,=r,=r,l",
                 [pointers],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-                is_pure=True,
+                is_pure=not OWN,
                 pack=1,
             )
             return a, b, c, d

@@ -73,7 +73,8 @@ def scan_rows(
     """
     scan = _scan_inputs(u, dt, A, B, C)
     y = torch.empty_like(scan.u)
-    kept = run_forward(scan, y)
+    kept = scan.new_slots()
+    run_forward(scan, y, kept)
     groups, (channels, states) = B.shape[2], A.shape
     last = unpad_rows(kept[:, scan.chunks, :-1], groups, channels)
     last = last[:, :states].mT.clone(memory_format=torch.contiguous_format)
@@ -162,13 +163,8 @@ def tri_scan_backward(
         orders: See xz.
 
     Returns:
-        Gradients of xz and of each parameter.
+        Gradients of xz and of the seven kinds of parameters, directions stacked.
     """
     directions = fused.stack(parameters, orders)
     grad_xz, kinds = fused.tri_scan_backward(grad, xz, total, kept, directions)
-    of_each = (
-        kinds[i][k].to(parameters[7 * k + i].dtype)
-        for k in range(len(orders))
-        for i in range(7)
-    )
-    return [grad_xz, *(g.clone(memory_format=torch.contiguous_format) for g in of_each)]
+    return [grad_xz, *(kind.contiguous() for kind in kinds)]

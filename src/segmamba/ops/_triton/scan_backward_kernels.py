@@ -18,7 +18,6 @@ from segmamba.ops._triton.loads import (
     load_four,
     load_states,
     store_four,
-    token_of,
     walk_from,
     walk_on,
 )
@@ -54,12 +53,14 @@ def adjoint_chunks(
     T,
     N: tl.constexpr,
     RANK: tl.constexpr,
+    U: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Write the adjoint with which each chunk but the first begins, from a zero end.
 
     It goes to slot chunk - 1, where the carry wants it. grad is by token, of
     `grad_rows` rows of sequences: one for each case, or one for each direction too.
+    U steps are loaded at a time.
     """
     chunk, row_of = tl.program_id(0) + 1, tl.program_id(2)
     direction = row_of // batch
@@ -74,25 +75,34 @@ def adjoint_chunks(
     stride = tl.load(orders_ptr + 2 * direction)
     reverse = tl.load(orders_ptr + 2 * direction + 1)
     base = row_of.to(tl.int64) * L
-    grad_base = (row_of % grad_rows).to(tl.int64) * L
+    grad_ptr += (row_of % grad_rows).to(tl.int64) * L * E
     lanes = tl.zeros([BE], tl.int64) + group * N
     end = min(chunk * T + T, L)
-    inside, run, step = walk_from(end - 1, stride, reverse, L)
-    for back in range(0, end - chunk * T):
-        row = base + end - 1 - back
-        dt = step_size(
-            code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
-        )
-        token = grad_base + inside * (L // stride) + run
-        grad = tl.load(grad_ptr + token * E + channels, mask=mask, other=0.0)
-        grad = grad.to(tl.float32)
-        C = load_states(c_ptr + row * c_stride + lanes, N, ASM)
-        before = ()
-        for n in tl.static_range(N):
-            now = adjoint[n] + grad * C[n]
-            before = before + (now * tl.exp2(rates[n] * dt),)
-        adjoint = before
-        inside, run = walk_on(inside, run, -step, stride)
+    position, run, step = walk_from(end - 1, stride, reverse, L)
+    count = end - chunk * T
+    for back in range(0, count, U):
+        grads = ()
+        steps = ()
+        C = ()
+        for i in tl.static_range(U):
+            exists = back + i < count
+            row = base + tl.maximum(end - 1 - back - i, chunk * T)
+            dt = step_size(
+                code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
+            )
+            token = (position * (L // stride) + run).to(tl.int64)
+            here = mask & exists
+            grad = tl.load(grad_ptr + token * E + channels, mask=here, other=0.0)
+            grads = grads + (grad.to(tl.float32),)
+            steps = steps + (tl.where(exists, dt, 0.0),)
+            C = C + load_states(c_ptr + row * c_stride + lanes, N, ASM)
+            position, run = walk_on(position, run, -step, stride)
+        for i in tl.static_range(U):
+            before = ()
+            for n in tl.static_range(N):
+                now = adjoint[n] + grads[i] * C[i * N + n]
+                before = before + (now * tl.exp2(rates[n] * steps[i]),)
+            adjoint = before
     slot = row_of.to(tl.int64) * (chunks + 1) + chunk - 1
     for n in tl.static_range(N):
         tl.store(
@@ -101,11 +111,13 @@ def adjoint_chunks(
 
 
 @triton.jit
-def load_square(pointer, stride, NT: tl.constexpr, ASM: tl.constexpr):
+def load_square(
+    pointer, stride, NT: tl.constexpr, ASM: tl.constexpr, OWN: tl.constexpr = False
+):
     """NT rows of four neighbours for each pointer: states by channels of a thread."""
     values = ()
     for nt in tl.static_range(NT):
-        a, b, c, d = load_four(pointer + nt * stride, ASM)
+        a, b, c, d = load_four(pointer + nt * stride, ASM, OWN)
         values = values + (a, b, c, d)
     return values
 
@@ -132,13 +144,13 @@ def total_of_states(x):
 
 
 @triton.jit
-def add_four(pointers, a, b, c, d, fresh, valid, ASM: tl.constexpr):
+def add_four(pointers, values, fresh, valid, ASM: tl.constexpr):
     """Add to four neighbours in memory, or write them where `fresh`."""
-    e, f, g, h = load_four(pointers, ASM)
-    a += tl.where(fresh, 0.0, e)
-    b += tl.where(fresh, 0.0, f)
-    c += tl.where(fresh, 0.0, g)
-    d += tl.where(fresh, 0.0, h)
+    a, b, c, d = load_four(pointers, ASM, True)
+    a = values[0] + tl.where(fresh, 0.0, a)
+    b = values[1] + tl.where(fresh, 0.0, b)
+    c = values[2] + tl.where(fresh, 0.0, c)
+    d = values[3] + tl.where(fresh, 0.0, d)
     store_four(pointers, a, b, c, d, valid, ASM)
 
 
@@ -152,12 +164,9 @@ def leave_states(
     bias,
     state,
     scratch_ptr,
-    base,
-    first,
     channels,
     mask,
-    lanes,
-    L,
+    last,
     E,
     code_stride,
     b_stride,
@@ -165,33 +174,149 @@ def leave_states(
     N: tl.constexpr,
     RANK: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Walk a chunk; leave the state before every S-th step, and all step sizes.
 
-    Scratch is (T / S, N, 32) states, then (T, 32) step sizes, zero beyond the end.
+    Pointers are those of the chunk's first row; `last` is its last row that exists.
+    U steps, a multiple of S, are loaded at a time. Scratch is (T / S, N, 32) states,
+    then (T, 32) step sizes, zero beyond the end.
     """
     steps_ptr = scratch_ptr + (T // S) * N * BE
     inner = tl.arange(0, BE)
-    for part in range(0, T // S):
-        for n in tl.static_range(N):
-            tl.store(scratch_ptr + (part * N + n) * BE + inner, state[n])
-        for i in tl.static_range(S):
-            t = first + part * S + i
-            here = mask & (t < L)
-            row = base + tl.minimum(t, L - 1)
-            u = tl.load(u_ptr + row * E + channels, mask=here, other=0.0)
+    for part in range(0, T // U):
+        values = ()
+        steps = ()
+        B = ()
+        for i in tl.static_range(U):
+            row = tl.minimum(part * U + i, last)
+            u = tl.load(u_ptr + row * E + channels, mask=mask, other=0.0)
+            values = values + (u.to(tl.float32),)
             dt = step_size(
                 code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
             )
-            dt = tl.where(here, dt, 0.0)
-            tl.store(steps_ptr + (part * S + i) * BE + inner, dt)
-            B = load_states(b_ptr + row * b_stride + lanes, N, ASM)
-            drive = dt * u.to(tl.float32)
+            steps = steps + (tl.where(mask & (part * U + i <= last), dt, 0.0),)
+            B = B + load_states(b_ptr + row * b_stride, N, ASM)
+        for i in tl.static_range(U):
+            if i % S == 0:
+                place = scratch_ptr + (part * (U // S) + i // S) * N * BE + inner
+                for n in tl.static_range(N):
+                    tl.store(place + n * BE, state[n])
+            tl.store(steps_ptr + (part * U + i) * BE + inner, steps[i])
+            drive = steps[i] * values[i]
             after = ()
             for n in tl.static_range(N):
-                after = after + (state[n] * tl.exp2(rates[n] * dt) + drive * B[n],)
+                decay = tl.exp2(rates[n] * steps[i])
+                after = after + (state[n] * decay + drive * B[i * N + n],)
             state = after
+
+
+@triton.jit
+def replay(history, steps, inputs, B, rates, S: tl.constexpr, NT: tl.constexpr):
+    """States after each of S steps, behind the first ones, and the steps' decays."""
+    decays = ()
+    for i in tl.static_range(S):
+        for nt in tl.static_range(NT):
+            for ct in tl.static_range(4):
+                decay = tl.exp2(rates[nt * 4 + ct] * steps[i * 4 + ct])
+                drive = steps[i * 4 + ct] * inputs[i * 4 + ct]
+                old = history[(i * NT + nt) * 4 + ct]
+                decays = decays + (decay,)
+                history = history + (old * decay + drive * B[i * NT + nt],)
+    return history, decays
+
+
+@triton.jit
+def return_step(
+    adjoint,
+    of_rates,
+    history,
+    decays,
+    steps,
+    inputs,
+    arrived,
+    B,
+    C,
+    rates,
+    i: tl.constexpr,
+    NT: tl.constexpr,
+):
+    """Walk one step back.
+
+    Gives the adjoint before it, the sums for the rates, and this thread's parts of the
+    gradients of B and C (in pairs), of u's share of the drive, and of the exponent.
+    """
+    drive = zero_squares(4)
+    exponent = zero_squares(4)
+    before = ()
+    sums = ()
+    shared = ()
+    for nt in tl.static_range(NT):
+        of_b = tl.zeros([4, 8], tl.float32)
+        of_c = tl.zeros([4, 8], tl.float32)
+        new_drive = ()
+        new_exponent = ()
+        for ct in tl.static_range(4):
+            dt = steps[i * 4 + ct]
+            now = adjoint[nt * 4 + ct] + arrived[i * 4 + ct] * C[i * NT + nt]
+            of_b += now * (dt * inputs[i * 4 + ct])
+            of_c += arrived[i * 4 + ct] * history[((i + 1) * NT + nt) * 4 + ct]
+            new_drive = new_drive + (drive[ct] + now * B[i * NT + nt],)
+            passed = now * decays[(i * NT + nt) * 4 + ct]
+            moved = passed * history[(i * NT + nt) * 4 + ct]
+            new_exponent = new_exponent + (exponent[ct] + moved * rates[nt * 4 + ct],)
+            before = before + (passed,)
+            sums = sums + (of_rates[nt * 4 + ct] + moved * dt,)
+        drive = new_drive
+        exponent = new_exponent
+        shared = shared + (of_b, of_c)
+    return before, sums, shared, drive, exponent
+
+
+@triton.jit
+def store_shared(
+    kept,
+    target,
+    c_column,
+    shared,
+    first,
+    last,
+    leader,
+    valid,
+    N: tl.constexpr,
+    NT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sum gradients of B and C over the channels of all blocks, one block at a time.
+
+    Sums so far are `kept`; those of the last block go to their target.
+    """
+    for nt in tl.static_range(0, NT, 4):
+        for m in tl.static_range(2):
+            old = load_four(kept + m * N + nt, ASM, True)
+            total = ()
+            for k in tl.static_range(4):
+                part = total_of_lanes(shared[2 * (nt + k) + m])
+                total = total + (part + tl.where(first, 0.0, old[k]),)
+            store_four(
+                kept + m * N + nt,
+                total[0],
+                total[1],
+                total[2],
+                total[3],
+                leader & (not last),
+                ASM,
+            )
+            store_four(
+                target + m * c_column + nt,
+                total[0],
+                total[1],
+                total[2],
+                total[3],
+                leader & last & valid,
+                ASM,
+            )
 
 
 @triton.jit
@@ -231,6 +356,7 @@ def scan_gradients(
     N: tl.constexpr,
     RANK: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """All gradients, chunk by chunk, from true first states and true last adjoints.
@@ -238,57 +364,58 @@ def scan_gradients(
     Program (p, s, row): chunks p, p + P, ... of a row of sequences; the s-th part of a
     group's `blocks` blocks of channels. Writes gradients of u and of the step sizes
     before softplus (or of the step sizes themselves), those of B and C summed over the
-    channels of the part, and, for each p, the sums for A (in units of its base-2 form
-    over ln 2) and D in (P, rows, N + 1, E).
+    channels of the part, and, for each p, (P, rows, N + 2, E) sums: for A, for D, and
+    of the step sizes' gradients.
     """
     NT: tl.constexpr = N // 4
     row_of = tl.program_id(2)
     direction = row_of // batch
     group, split = tl.program_id(1) // splits, tl.program_id(1) % splits
     each = tl.cdiv(blocks, splits)
+    first_block = split * each
+    end_block = min(first_block + each, blocks)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     program = program * tl.num_programs(0) + tl.program_id(0)
     scratch_ptr += program * ((T // S) * N * BE + T * BE + T * 2 * N)
     steps_ptr = scratch_ptr + (T // S) * N * BE
     bc_ptr = steps_ptr + T * BE
-    base = row_of.to(tl.int64) * L
-    grad_base = (row_of % grad_rows).to(tl.int64) * L
     stride = tl.load(orders_ptr + 2 * direction)
     reverse = tl.load(orders_ptr + 2 * direction + 1)
     lane = tl.arange(0, 8)[None, :] + tl.zeros([4, 1], tl.int32)
     states = tl.arange(0, 4)[:, None] * NT + tl.zeros([1, 8], tl.int32)
-    lanes = tl.zeros([BE], tl.int64) + group * N
-    square_lanes = (states + group * N).to(tl.int64)
+    everyone = tl.zeros([BE], tl.int64)
+    square = (states + group * N).to(tl.int64)
     sums_ptr = partial_ptr + (
         tl.program_id(0).to(tl.int64) * tl.num_programs(2) + row_of
-    ) * ((N + 1) * E)
+    ) * ((N + 2) * E)
+    a_ptr += direction * N * E
+    grad_ptr += (row_of % grad_rows).to(tl.int64) * L * E
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        slot = row_of.to(tl.int64) * (chunks + 1) + chunk
-        for block in range(split * each, min(split * each + each, blocks)):
+        slot = (row_of.to(tl.int64) * (chunks + 1) + chunk) * (N + 1) * E
+        base = row_of.to(tl.int64) * L + chunk * T
+        last_row = min(T, L - chunk * T) - 1
+        for block in range(first_block, end_block):
             inner = block * BE + tl.arange(0, BE)
             channels = group * per_group + inner
             mask = inner < per_group
-            rates = load_channel(a_ptr + direction * N * E, channels, mask, E, N)
+            rates = load_channel(a_ptr, channels, mask, E, N)
             weights, bias = load_weights(
                 weight_ptr, bias_ptr, direction, channels, mask, E, RANK
             )
-            state = load_channel(kept_ptr + slot * (N + 1) * E, channels, mask, E, N)
+            state = load_channel(kept_ptr + slot, channels, mask, E, N)
             tl.debug_barrier()
             leave_states(
-                u_ptr,
-                code_ptr,
-                b_ptr,
+                u_ptr + base * E,
+                code_ptr + base * code_stride,
+                b_ptr + base * b_stride + group * N + everyone,
                 rates,
                 weights,
                 bias,
                 state,
                 scratch_ptr,
-                base,
-                chunk * T,
                 channels,
                 mask,
-                lanes,
-                L,
+                last_row,
                 E,
                 code_stride,
                 b_stride,
@@ -296,136 +423,117 @@ def scan_gradients(
                 N,
                 RANK,
                 S,
+                U,
                 ASM,
             )
             tl.debug_barrier()
             inside = block * BE + 4 * lane < per_group
             column = group * per_group + tl.where(inside, block * BE + 4 * lane, 0)
             corner = states * E + column
-            squares = load_square(a_ptr + direction * N * E + corner, E, NT, ASM)
-            adjoint = load_square(
-                adjoints_ptr + slot * (N + 1) * E + corner, E, NT, ASM
-            )
+            squares = load_square(a_ptr + corner, E, NT, ASM)
+            adjoint = load_square(adjoints_ptr + slot + corner, E, NT, ASM)
             skip = load_four(skip_ptr + direction * E + column, ASM)
             of_rates = zero_squares(NT * 4)
             of_skip = zero_squares(4)
+            of_bias = zero_squares(4)
+            u_row = u_ptr + base * E + column
+            grad_u_row = grad_u_ptr + base * E + column
+            grad_step_row = grad_step_ptr + base * E + column
+            b_row = b_ptr + base * b_stride + square
+            c_row = c_ptr + base * c_stride + square
+            bc_row = grad_bc_ptr + (split * bc_rows + base) * bc_stride + square
+            grad_row = grad_ptr + column
+            position, run, step = walk_from(chunk * T + last_row, stride, reverse, L)
             for back in range(0, T // S):
                 part = T // S - 1 - back
                 history = load_square(
-                    scratch_ptr + (part * N + states) * BE + 4 * lane, BE, NT, ASM
+                    scratch_ptr + (part * N + states) * BE + 4 * lane, BE, NT, ASM, True
                 )
-                decays = ()
                 steps = ()
                 inputs = ()
+                B = ()
+                C = ()
                 for i in tl.static_range(S):
-                    t = chunk * T + part * S + i
-                    row = base + tl.minimum(t, L - 1)
-                    B = load_states(b_ptr + row * b_stride + square_lanes, NT, ASM)
-                    u = load_four(u_ptr + row * E + column, ASM)
-                    dt = load_four(steps_ptr + (part * S + i) * BE + 4 * lane, ASM)
-                    steps = steps + dt
-                    inputs = inputs + u
-                    for nt in tl.static_range(NT):
-                        for ct in tl.static_range(4):
-                            decay = tl.exp2(squares[nt * 4 + ct] * dt[ct])
-                            old = history[(i * NT + nt) * 4 + ct]
-                            now = old * decay + dt[ct] * u[ct] * B[nt]
-                            decays = decays + (decay,)
-                            history = history + (now,)
+                    row = tl.minimum(part * S + i, last_row)
+                    inputs = inputs + load_four(u_row + row * E, ASM)
+                    steps = steps + load_four(
+                        steps_ptr + (part * S + i) * BE + 4 * lane, ASM, True
+                    )
+                    B = B + load_states(b_row + row * b_stride, NT, ASM)
+                    C = C + load_states(c_row + row * c_stride, NT, ASM)
+                arrived = ()
                 for i in tl.static_range(S - 1, -1, -1):
-                    t = chunk * T + part * S + i
-                    row = base + tl.minimum(t, L - 1)
-                    B = load_states(b_ptr + row * b_stride + square_lanes, NT, ASM)
-                    C = load_states(c_ptr + row * c_stride + square_lanes, NT, ASM)
-                    token = token_of(tl.minimum(t, L - 1), stride, reverse, L)
-                    token = grad_base + token
-                    loaded = load_four(grad_ptr + token * E + column, ASM)
-                    arrived = ()
+                    exists = part * S + i <= last_row
+                    token = (position * (L // stride) + run).to(tl.int64)
+                    loaded = load_four(grad_row + token * E, ASM)
+                    masked = ()
                     for ct in tl.static_range(4):
-                        arrived = arrived + (tl.where(t < L, loaded[ct], 0.0),)
-                    drive = zero_squares(4)
-                    exponent = zero_squares(4)
-                    before = ()
-                    rates_sum = ()
-                    shared = ()
-                    for nt in tl.static_range(NT):
-                        of_b = tl.zeros([4, 8], tl.float32)
-                        of_c = tl.zeros([4, 8], tl.float32)
-                        new_drive = ()
-                        new_exponent = ()
-                        for ct in tl.static_range(4):
-                            dt = steps[i * 4 + ct]
-                            now = adjoint[nt * 4 + ct] + arrived[ct] * C[nt]
-                            of_b += now * (dt * inputs[i * 4 + ct])
-                            of_c += arrived[ct] * history[((i + 1) * NT + nt) * 4 + ct]
-                            new_drive = new_drive + (drive[ct] + now * B[nt],)
-                            passed = now * decays[(i * NT + nt) * 4 + ct]
-                            moved = passed * history[(i * NT + nt) * 4 + ct]
-                            new_exponent = new_exponent + (
-                                exponent[ct] + moved * squares[nt * 4 + ct],
-                            )
-                            before = before + (passed,)
-                            rates_sum = rates_sum + (
-                                of_rates[nt * 4 + ct] + moved * dt,
-                            )
-                        drive = new_drive
-                        exponent = new_exponent
-                        shared = shared + (total_of_lanes(of_b), total_of_lanes(of_c))
-                    adjoint = before
-                    of_rates = rates_sum
-                    kept = bc_ptr + (part * S + i) * 2 * N + states
-                    target = grad_bc_ptr + group * N + states
-                    target += (split * bc_rows + row) * bc_stride
-                    one = (lane == 0) & (t < L)
-                    first = block == split * each
-                    last = block + 1 == min(split * each + each, blocks)
-                    for nt in tl.static_range(0, NT, 4):
-                        for m in tl.static_range(2):
-                            before_ = load_four(kept + m * N + nt, ASM)
-                            total = ()
-                            for k in tl.static_range(4):
-                                old = tl.where(first, 0.0, before_[k])
-                                total = total + (shared[2 * (nt + k) + m] + old,)
-                            store_four(
-                                kept + m * N + nt,
-                                total[0],
-                                total[1],
-                                total[2],
-                                total[3],
-                                (lane == 0) & (not last),
-                                ASM,
-                            )
-                            store_four(
-                                target + m * c_column + nt,
-                                total[0],
-                                total[1],
-                                total[2],
-                                total[3],
-                                one & last,
-                                ASM,
-                            )
+                        masked = masked + (tl.where(exists, loaded[ct], 0.0),)
+                    arrived = masked + arrived
+                    next_position, next_run = walk_on(position, run, -step, stride)
+                    position = tl.where(exists, next_position, position)
+                    run = tl.where(exists, next_run, run)
+                history, decays = replay(history, steps, inputs, B, squares, S, NT)
+                for i in tl.static_range(S - 1, -1, -1):
+                    adjoint, of_rates, shared, drive, exponent = return_step(
+                        adjoint,
+                        of_rates,
+                        history,
+                        decays,
+                        steps,
+                        inputs,
+                        arrived,
+                        B,
+                        C,
+                        squares,
+                        i,
+                        NT,
+                    )
+                    row = part * S + i
+                    exists = row <= last_row
+                    store_shared(
+                        bc_ptr + row * 2 * N + states,
+                        bc_row + tl.minimum(row, last_row) * bc_stride,
+                        c_column,
+                        shared,
+                        block == first_block,
+                        block + 1 == end_block,
+                        lane == 0,
+                        exists,
+                        N,
+                        NT,
+                        ASM,
+                    )
                     of_u = ()
                     of_step = ()
                     skip_sum = ()
+                    bias_sum = ()
                     for ct in tl.static_range(4):
                         dt = steps[i * 4 + ct]
                         u = inputs[i * 4 + ct]
+                        grad = arrived[i * 4 + ct]
                         through = total_of_states(drive[ct])
-                        turned = total_of_states(exponent[ct])
-                        of_u = of_u + (arrived[ct] * skip[ct] + through * dt,)
-                        slope = through * u + turned * LN2
+                        slope = through * u + total_of_states(exponent[ct]) * LN2
                         if RANK > 0:
                             slope *= 1.0 - tl.exp2(-dt * LOG2E)
+                        of_u = of_u + (grad * skip[ct] + through * dt,)
                         of_step = of_step + (slope,)
-                        skip_sum = skip_sum + (of_skip[ct] + arrived[ct] * u,)
+                        skip_sum = skip_sum + (of_skip[ct] + grad * u,)
+                        bias_sum = bias_sum + (of_bias[ct] + slope,)
                     of_skip = skip_sum
-                    one = (states == 0) & inside & (t < L)
-                    place = row * E + column
+                    of_bias = bias_sum
+                    one = (states == 0) & inside & exists
                     store_four(
-                        grad_u_ptr + place, of_u[0], of_u[1], of_u[2], of_u[3], one, ASM
+                        grad_u_row + row * E,
+                        of_u[0],
+                        of_u[1],
+                        of_u[2],
+                        of_u[3],
+                        one,
+                        ASM,
                     )
                     store_four(
-                        grad_step_ptr + place,
+                        grad_step_row + row * E,
                         of_step[0],
                         of_step[1],
                         of_step[2],
@@ -435,23 +543,10 @@ def scan_gradients(
                     )
             fresh = chunk == tl.program_id(0)
             for nt in tl.static_range(NT):
-                add_four(
-                    sums_ptr + corner + nt * E,
-                    of_rates[nt * 4],
-                    of_rates[nt * 4 + 1],
-                    of_rates[nt * 4 + 2],
-                    of_rates[nt * 4 + 3],
-                    fresh,
-                    inside,
-                    ASM,
-                )
-            add_four(
-                sums_ptr + N * E + column,
-                of_skip[0],
-                of_skip[1],
-                of_skip[2],
-                of_skip[3],
-                fresh,
-                inside & (states == 0),
-                ASM,
-            )
+                values = ()
+                for ct in tl.static_range(4):
+                    values = values + (of_rates[nt * 4 + ct],)
+                add_four(sums_ptr + corner + nt * E, values, fresh, inside, ASM)
+            one = inside & (states == 0)
+            add_four(sums_ptr + N * E + column, of_skip, fresh, one, ASM)
+            add_four(sums_ptr + (N + 1) * E + column, of_bias, fresh, one, ASM)

@@ -1,7 +1,7 @@
 """The tri-orientated scan on a GPU: convolution, projection, scan and gate.
 
-Tensors by position hold all directions; the backward takes the directions one by one
-where they are long, for the sake of memory.
+Short sequences are done all at once, for few launches; of long ones one direction of
+one case at a time, for little memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from segmamba.ops._triton.launch import (
     LANES,
     Scan,
     ceil_divide,
+    kept_shape,
     order_table,
     run_backward,
     run_forward,
@@ -27,12 +28,18 @@ Orders = tuple[tuple[int, bool], ...]
 _ROWS = 32
 """Rows of a tile."""
 
+_TILES = 8
+"""Tiles of a program that sums over rows."""
+
+_SPLITS = (64, 16, 4, 1)
+"""Parts into which a long product over rows is cut, for the sake of parallel work."""
+
 _LOG2E = 1.4426950408889634
 _CODES = 8
 """The code's columns are padded to a multiple of this, for aligned rows."""
 
 _LONG = 1 << 17
-"""Tokens of a batch from which the backward takes one direction at a time."""
+"""Tokens of a batch from which it is done in pieces."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ class Directions:
             self.D,
         )
 
-    def one(self, k: int) -> Directions:
-        """Give direction k alone."""
-        return Directions(*(t[k : k + 1] for t in self.tensors), (self.orders[k],))
+    def part(self, which: slice) -> Directions:
+        """Give some directions."""
+        return Directions(*(t[which] for t in self.tensors), self.orders[which])
 
     def projection(self, kind: torch.dtype) -> Tensor:
         """Give x_proj with B's rows first, then C's, the code's, zeros: (K, P, E)."""
@@ -167,11 +174,19 @@ def tri_scan(
     """
     batch, length, width = xz.shape
     count, channels = len(directions.orders), width // 2
-    scan = _prepare(xz, directions, directions.projection(xz.dtype))
-    y = torch.empty_like(scan.u)
-    kept = run_forward(scan, y)
+    pieces = _pieces(batch, length, count)
+    sums = count if len(pieces) == 1 else 1
+    y = xz.new_empty(sums * batch, length, channels)
+    shape = kept_shape(count * batch, length, channels, directions.states)
+    kept = xz.new_empty(shape, dtype=torch.float32)
+    for which, cases in pieces:
+        part = directions.part(which)
+        scan = _prepare(xz[cases], part, part.projection(xz.dtype))
+        rows = _rows(which, cases, batch)
+        target = y if sums == count else y[cases]
+        run_forward(scan, target, kept[rows], add=sums < count and which.start > 0)
     out = xz.new_empty(batch, length, channels)
-    total = torch.empty_like(out) if keep else out
+    total = y if sums == 1 else torch.empty_like(out)
     conv_kernels.gate[_grid(batch * length, channels, 1)](
         y,
         xz,
@@ -179,13 +194,29 @@ def tri_scan(
         out,
         batch * length,
         channels,
-        K=count,
-        KEEP=keep,
+        K=sums,
+        KEEP=keep and sums > 1,
         **_TILE,
     )
-    if keep:
-        return out, total, kept
-    return out, xz.new_empty(0), xz.new_empty(0)
+    return (out, total, kept) if keep else (out, xz.new_empty(0), xz.new_empty(0))
+
+
+def _pieces(batch: int, length: int, count: int) -> list[tuple[slice, slice]]:
+    """(directions, cases) that are done at a time; each case's directions in order."""
+    if batch * length < _LONG:
+        return [(slice(0, count), slice(0, batch))]
+    return [
+        (slice(k, k + 1), slice(case, case + 1))
+        for case in range(batch)
+        for k in range(count)
+    ]
+
+
+def _rows(which: slice, cases: slice, batch: int) -> slice:
+    """Rows of sequences of a piece among those of all directions and cases."""
+    first = which.start * batch + cases.start
+    count = (which.stop - which.start) * (cases.stop - cases.start)
+    return slice(first, first + count)
 
 
 def tri_scan_backward(
@@ -213,18 +244,22 @@ def tri_scan_backward(
     conv_kernels.gate_back[_grid(batch * length, channels, 1)](
         grad, total, xz, grad_xz, grad_y, batch * length, channels, **_TILE
     )
-    if batch * length < _LONG:
-        parts = [directions]
-    else:
-        parts = [directions.one(k) for k in range(len(directions.orders))]
-    results, first = [], 0
-    for part in parts:
-        rows = slice(first * batch, (first + len(part.orders)) * batch)
-        results.append(_return(xz, part, kept[rows], grad_y, grad_xz, add=first > 0))
-        first += len(part.orders)
-    if len(results) == 1:
-        return grad_xz, results[0]
-    return grad_xz, [torch.cat(kind) for kind in zip(*results, strict=True)]
+    pieces = _pieces(batch, length, len(directions.orders))
+    gradients = [torch.zeros_like(t) for t in directions.tensors]
+    for which, cases in pieces:
+        found = _return(
+            xz[cases],
+            directions.part(which),
+            kept[_rows(which, cases, batch)],
+            grad_y[cases],
+            grad_xz[cases],
+            add=which.start > 0,
+        )
+        if len(pieces) == 1:
+            return grad_xz, found
+        for total_of_kind, part in zip(gradients, found, strict=True):
+            total_of_kind[which] += part
+    return grad_xz, gradients
 
 
 def _return(
@@ -248,19 +283,27 @@ def _return(
     dt_proj = directions.dt_proj.to(xz.dtype)
     of_code = torch.bmm(of_steps, dt_proj)
     code = scan.code.reshape(count, columns, -1)[..., :rank]
-    of_dt_proj = torch.bmm(of_steps.mT, code).float()
-    of_dt_bias = of_steps.sum(1, dtype=torch.float32)
+    of_dt_proj = _product_over_rows(of_steps, code)
     parts = (of_code, found.B.view(count, columns, -1), found.C.view_as(found.B))
     of_columns = torch.cat(
         [parts[0], *(p.reshape(count, columns, -1) for p in parts[1:])], -1
     )
     x_proj = directions.x_proj.to(xz.dtype)
     flat_u, flat_grad = (t.view(count, columns, -1) for t in (scan.u, grad_u))
-    of_x_proj = torch.bmm(of_columns.mT, flat_u).float()
+    of_x_proj = _product_over_rows(of_columns, flat_u)
     flat_grad.baddbmm_(of_columns, x_proj)
     of_taps, of_offset = _return_conv(xz, directions, grad_u, grad_xz, add=add)
     of_log = found.A.mT * -torch.exp(directions.A_log)
-    return [of_taps, of_offset, of_x_proj, of_dt_proj, of_dt_bias, of_log, found.D]
+    return [of_taps, of_offset, of_x_proj, of_dt_proj, found.bias, of_log, found.D]
+
+
+def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Sum a^T b over rows: (K, rows, P), (K, rows, E) to (K, P, E), float32."""
+    count, rows, _ = a.shape
+    parts = next(n for n in _SPLITS if rows % n == 0 and rows >= min(n - 1, 1) * 64 * n)
+    a, b = (t.reshape(count * parts, rows // parts, -1) for t in (a, b))
+    product = torch.bmm(a.mT, b)
+    return product.view(count, parts, *product.shape[1:]).sum(1, dtype=torch.float32)
 
 
 def _return_conv(
@@ -271,9 +314,10 @@ def _return_conv(
     channels, count = width // 2, len(directions.orders)
     taps = directions.taps.shape[2]
     orders = order_table(directions.orders, xz.device)
-    grid = _grid(length, channels, count * batch)
-    partial = directions.taps.new_empty(count, batch * grid[0], taps + 1, channels)
-    conv_kernels.conv_silu_back[grid](
+    tiles, *others = _grid(length, channels, count * batch)
+    programs = ceil_divide(tiles, _TILES)
+    partial = directions.taps.new_empty(count, batch * programs, taps + 1, channels)
+    conv_kernels.conv_silu_back[(programs, *others)](
         xz,
         directions.taps,
         directions.offset,
@@ -284,6 +328,7 @@ def _return_conv(
         channels,
         batch,
         W=taps,
+        TILES=_TILES,
         **_TILE,
     )
     conv_kernels.conv_input_back[_grid(length, channels, batch)](
