@@ -167,4 +167,6 @@ def tri_scan_backward(
     """
     directions = fused.stack(parameters, orders)
     grad_xz, kinds = fused.tri_scan_backward(grad, xz, total, kept, directions)
-    return [grad_xz, *(kind.contiguous() for kind in kinds)]
+    # Parts of one tensor are contiguous where there is one direction: an operator's
+    # results must not share memory.
+    return [grad_xz, *(k.clone(memory_format=torch.contiguous_format) for k in kinds)]
