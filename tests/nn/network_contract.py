@@ -169,7 +169,7 @@ class NetworkContract:
             torch.testing.assert_close(network.eval()(image), outputs[0])
 
     def test_it_compiles_as_one_graph(self):
-        torch.compiler.reset()  # networks share a forward, which is recompiled 8 times at most
+        torch.compiler.reset()  # else networks run out of recompilations
         network, image = self.build().eval(), self.image()
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
