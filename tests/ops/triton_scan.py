@@ -1,0 +1,266 @@
+"""The scan's Triton kernels against float64.
+
+`test_triton_scan.py` runs this file in a process of its own, in Triton's interpreter
+and, where there is one, on a GPU. The interpreter takes about a second for a chunk of
+16 steps, so chunks have 4 steps there and shapes are small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from segmamba.ops import selective_scan, tri_orientated_scan
+from segmamba.ops._primitives import scan_rows, tri_scan_gpu
+from segmamba.ops._triton import launch, tri_scan
+from segmamba.ops.backends import triton_is_interpreted
+
+INTERPRETED = triton_is_interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter")
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Of the largest value; for half types what rounding u, the code and y costs."""
+
+STEPS = launch.chunk_steps
+REVERSED, STRIDED = (1, True), (3, False)
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "chunk_steps", lambda *_: 4)
+
+
+def compare(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for i, (ours, true) in enumerate(zip(found, wanted, strict=True)):
+        assert ours.isfinite().all(), i
+        error = (ours.detach().double() - true).abs().max()
+        assert error <= tolerance * true.abs().max() + 1e-30, f"{i}: {error:.1e}"
+
+
+# --- the selective scan ---------------------------------------------------------------
+
+
+def scan_inputs(length, channels, states, groups, batch, dtype) -> dict[str, Tensor]:
+    """Arguments of `selective_scan`; B and C have different groups."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.tensor(random.standard_normal(shape)).to(DEVICE, dtype)
+
+    return {
+        "u": draw(batch, channels, length),
+        "delta": draw(batch, channels, length) * 0.7,
+        "A": -torch.exp(draw(channels, states)),
+        "B": draw(batch, groups, states, length),
+        "C": draw(batch, states, length),
+        "D": draw(channels),
+        "z": draw(batch, channels, length),
+        "delta_bias": draw(channels),
+    }
+
+
+def run_scan(inputs: dict[str, Tensor], backend: str, dtype=None) -> list[Tensor]:
+    """Output, last state, and the gradients of a weighted sum over both."""
+    leaves = {
+        k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()
+    }
+    results = selective_scan(
+        **leaves, delta_softplus=True, return_last_state=True, backend=backend
+    )
+    random = np.random.default_rng(1)
+    weights = [torch.tensor(random.standard_normal(r.shape)) for r in results]
+    weights = [w.to(r.device, r.dtype) for w, r in zip(weights, results, strict=True)]
+    found = torch.autograd.grad(results, list(leaves.values()), weights)
+    return [*(r.detach() for r in results), *found]
+
+
+def check_scan(*shape: int, dtype: torch.dtype = torch.float32) -> None:
+    inputs = scan_inputs(*shape, dtype)
+    wanted = run_scan(inputs, "reference", torch.float64)
+    compare(run_scan(inputs, "triton"), wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 6, 3, 1, 2),  # one step; channels and states padded
+        (3, 40, 16, 1, 1),  # two blocks of channels, the last one half full
+        (9, 6, 17, 2, 1),  # three chunks; groups; states padded to 32
+    ],
+    ids=str,
+)
+def test_scan(shape, poison):
+    check_scan(*shape)
+
+
+def test_scan_in_half_precision(poison):
+    check_scan(5, 6, 3, 2, 1, dtype=torch.float16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 37, 300, 2049])
+@pytest.mark.parametrize("shape", [(40, 16, 1, 2), (96, 17, 2, 3)], ids=str)
+def test_scan_of_any_length(length, shape, dtype, poison):
+    check_scan(length, *shape, dtype=dtype)
+
+
+# --- the tri-orientated scan ----------------------------------------------------------
+
+
+def tri_inputs(length, channels, states, rank, count, batch=1, taps=4):
+    """xz and seven lists with a tensor a direction, float32."""
+    random = np.random.default_rng(0)
+    shapes = (
+        (channels, 1, taps),
+        (channels,),
+        (rank + 2 * states, channels),
+        (channels, rank),
+        (channels,),
+        (channels, states),
+        (channels,),
+    )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.tensor(random.standard_normal(shape)).to(DEVICE, torch.float32)
+
+    return (
+        draw(batch, length, 2 * channels),
+        [[0.5 * draw(*s) for _ in range(count)] for s in shapes],
+    )
+
+
+def run_tri(xz, parameters, orders, backend, dtype=None) -> list[Tensor]:
+    """Output, and gradients of a weighted sum of it."""
+    xz = xz.detach().to(dtype or xz.dtype).requires_grad_()
+    leaves = [
+        [p.detach().to(dtype or p.dtype).requires_grad_() for p in kind]
+        for kind in parameters
+    ]
+    out = tri_orientated_scan(xz, *leaves, orders=orders, backend=backend)
+    with torch.no_grad():
+        lean = tri_orientated_scan(xz, *leaves, orders=orders, backend=backend)
+    assert torch.equal(out, lean), "without gradients"
+    weight = torch.tensor(np.random.default_rng(1).standard_normal(out.shape))
+    inputs = [xz, *(p for kind in leaves for p in kind)]
+    found = torch.autograd.grad(out, inputs, weight.to(out.device, out.dtype))
+    return [out.detach(), *found]
+
+
+def check_tri(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
+    xz, parameters = tri_inputs(length, *sizes, len(orders), batch)
+    xz = xz.to(dtype)
+    found = run_tri(xz, parameters, orders, "triton")
+    assert found[0].dtype == dtype
+    wanted = run_tri(xz, parameters, orders, "reference", torch.float64)
+    compare(found, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes", "orders", "batch"),
+    [
+        (1, (6, 3, 1), ((1, False), REVERSED), 1),
+        (6, (16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
+        (3, (8, 17, 2), (REVERSED,), 2),
+    ],
+    ids=str,
+)
+def test_tri(length, sizes, orders, batch, poison):
+    check_tri(length, sizes, orders, batch)
+
+
+def test_tri_in_half_precision(poison):
+    check_tri(6, (16, 16, 3), (STRIDED,), dtype=torch.float16)
+
+
+def test_tri_is_the_formula(loops, poison):
+    """Against loops that know nothing of the package."""
+    xz, parameters = tri_inputs(6, 6, 3, 2, 2, batch=2, taps=3)
+    orders = (REVERSED, STRIDED)
+    with torch.no_grad():
+        out = tri_orientated_scan(xz, *parameters, orders=orders, backend="triton")
+    arrays = [[p.double().cpu().numpy() for p in kind] for kind in parameters]
+    wanted = loops.tri_scan(xz.double().cpu().numpy(), arrays, orders)
+    compare([out.cpu()], [torch.tensor(wanted)], TOLERANCE[torch.float32])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 37, 300, 2051, 17000])
+@pytest.mark.parametrize("sizes", [(40, 16, 2), (96, 16, 3), (24, 20, 1)], ids=str)
+def test_tri_of_any_length(length, sizes, dtype, poison):
+    stride = next(s for s in (17, 7, 5, 3, 2, 1) if length % s == 0)
+    check_tri(length, sizes, ((1, False), REVERSED, (stride, False)), 2, dtype)
+
+
+def test_programs_take_several_chunks_and_blocks_of_channels(monkeypatch, poison):
+    monkeypatch.setattr(launch, "_RESIDENT", 1)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
+    check_tri(9, (40, 16, 2), ((3, True),))
+
+
+def test_tri_takes_long_sequences_in_pieces(monkeypatch, poison):
+    monkeypatch.setattr(tri_scan, "_LONG", 12)
+    check_tri(6, (8, 16, 1), (REVERSED, STRIDED), 2)
+
+
+def test_tri_with_true_chunks(monkeypatch, poison):
+    """Of 16 steps, the second one with a single step, in the interpreter too."""
+    monkeypatch.setattr(launch, "chunk_steps", STEPS)
+    check_tri(17, (8, 16, 1), (REVERSED,))
+
+
+# --- what every operator owes ---------------------------------------------------------
+
+
+def test_same_bits_every_time():
+    arguments = (*tri_inputs(6, 6, 3, 1, 1), (STRIDED,), "triton")
+    first, second = run_tri(*arguments), run_tri(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_same_bits_every_time_when_long(dtype):
+    xz, parameters = tri_inputs(17000, 96, 16, 3, 3, batch=2)
+    orders = ((1, False), REVERSED, (17, False))
+    first, second = (
+        run_tri(xz.to(dtype), parameters, orders, "triton") for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""opcheck's, without the one by tracing: the test of compilation below does that."""
+
+
+def test_the_scan_is_registered_well():
+    shapes = ((1, 2, 16), (1, 2, 16), (16, 16), (1, 2, 1, 16), (1, 2, 1, 16))
+    tensors = [torch.rand(s, device=DEVICE).requires_grad_() for s in shapes]
+    torch.library.opcheck(scan_rows, (*tensors, "triton", True), test_utils=CHECKS)
+
+
+def test_the_tri_orientated_scan_is_registered_well():
+    xz, parameters = tri_inputs(2, 16, 16, 1, 1)
+    flat = [p.requires_grad_() for kind in parameters for p in kind]
+    flat[0] = flat[0].detach().squeeze(1).requires_grad_()
+    arguments = (xz.requires_grad_(), flat, [1], [1], True)
+    torch.library.opcheck(tri_scan_gpu, arguments, test_utils=CHECKS)
+
+
+def test_it_compiles_as_one_graph():
+    xz, parameters = tri_inputs(2, 6, 3, 1, 1)
+
+    def mix(xz: Tensor) -> Tensor:
+        out = tri_orientated_scan(xz, *parameters, orders=(REVERSED,), backend="triton")
+        return out * 2
+
+    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
+    leaf = xz.requires_grad_()
+    (found,) = torch.autograd.grad(compiled(leaf).sum(), leaf)
+    (wanted,) = torch.autograd.grad(mix(leaf).sum(), leaf)
+    assert torch.equal(found, wanted)
