@@ -18,17 +18,11 @@ LANES = 32
 _RESIDENT = 8
 """Programs of the gradients' kernel that a multiprocessor holds: 255 registers each."""
 
-_REGISTERS: int | None = None
-"""Most registers of a thread of that kernel; None for as many as there are."""
-
 _REPLAYED = 2
 """Steps that the gradients' kernel replays into registers at a time."""
 
-_LOADED = 2
-"""Steps whose inputs the other kernels load at a time."""
-
 _LEFT = 4
-"""The same for the gradients' kernel, when it leaves states."""
+"""Steps that it loads at a time where it leaves states, a multiple of `_REPLAYED`."""
 
 
 def ceil_divide(count: int, size: int) -> int:
@@ -194,7 +188,6 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         kept,
         *scan.sizes(scan.code, scan.B),
         BE=LANES,
-        U=_LOADED,
         **scan.constants,
     )
     _carry(scan, kept, kept, back=False, first=False)
@@ -208,7 +201,6 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         y,
         *scan.sizes(scan.code, scan.B, scan.C),
         BE=LANES,
-        U=_LOADED,
         ADD=add,
         **scan.constants,
     )
@@ -299,7 +291,6 @@ def run_backward(
             scan.code.stride(-2),
             scan.C.stride(-2),
             scan.steps,
-            U=_LOADED,
             **scan.constants,
         )
     _carry(scan, adjoints, kept, back=True, first=grad_last is not None)
@@ -357,7 +348,6 @@ def _gradients(
         scan.steps,
         S=_REPLAYED,
         U=_LEFT,
-        maxnreg=_REGISTERS,
         **scan.constants,
     )
     if splits > 1:

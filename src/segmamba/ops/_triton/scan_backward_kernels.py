@@ -53,14 +53,12 @@ def adjoint_chunks(
     T,
     N: tl.constexpr,
     RANK: tl.constexpr,
-    U: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Write the adjoint with which each chunk but the first begins, from a zero end.
 
     It goes to slot chunk - 1, where the carry wants it. grad is by token, of
     `grad_rows` rows of sequences: one for each case, or one for each direction too.
-    U steps are loaded at a time.
     """
     chunk, row_of = tl.program_id(0) + 1, tl.program_id(2)
     direction = row_of // batch
@@ -79,30 +77,21 @@ def adjoint_chunks(
     lanes = tl.zeros([BE], tl.int64) + group * N
     end = min(chunk * T + T, L)
     position, run, step = walk_from(end - 1, stride, reverse, L)
-    count = end - chunk * T
-    for back in range(0, count, U):
-        grads = ()
-        steps = ()
-        C = ()
-        for i in tl.static_range(U):
-            exists = back + i < count
-            row = base + tl.maximum(end - 1 - back - i, chunk * T)
-            dt = step_size(
-                code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
-            )
-            token = (position * (L // stride) + run).to(tl.int64)
-            here = mask & exists
-            grad = tl.load(grad_ptr + token * E + channels, mask=here, other=0.0)
-            grads = grads + (grad.to(tl.float32),)
-            steps = steps + (tl.where(exists, dt, 0.0),)
-            C = C + load_states(c_ptr + row * c_stride + lanes, N, ASM)
-            position, run = walk_on(position, run, -step, stride)
-        for i in tl.static_range(U):
-            before = ()
-            for n in tl.static_range(N):
-                now = adjoint[n] + grads[i] * C[i * N + n]
-                before = before + (now * tl.exp2(rates[n] * steps[i]),)
-            adjoint = before
+    for back in range(0, end - chunk * T):
+        row = base + end - 1 - back
+        dt = step_size(
+            code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
+        )
+        token = (position * (L // stride) + run).to(tl.int64)
+        grad = tl.load(grad_ptr + token * E + channels, mask=mask, other=0.0)
+        grad = grad.to(tl.float32)
+        C = load_states(c_ptr + row * c_stride + lanes, N, ASM)
+        before = ()
+        for n in tl.static_range(N):
+            now = adjoint[n] + grad * C[n]
+            before = before + (now * tl.exp2(rates[n] * dt),)
+        adjoint = before
+        position, run = walk_on(position, run, -step, stride)
     slot = row_of.to(tl.int64) * (chunks + 1) + chunk - 1
     for n in tl.static_range(N):
         tl.store(

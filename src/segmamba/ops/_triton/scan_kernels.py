@@ -89,14 +89,12 @@ def scan_chunks(
     N: tl.constexpr,
     RANK: tl.constexpr,
     BE: tl.constexpr,
-    U: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Write each chunk's last state from a zero one, and its sum of step sizes.
 
     Kept is (rows, chunks + 1, N + 1, E), states and then the sum; they go to slot
-    chunk + 1, where the carry wants them. T is a multiple of U, the steps whose inputs
-    are loaded at a time.
+    chunk + 1, where the carry wants them.
     """
     chunk, row_of = tl.program_id(0), tl.program_id(2)
     direction = row_of // batch
@@ -111,27 +109,19 @@ def scan_chunks(
     total = tl.zeros([BE], tl.float32)
     base = row_of.to(tl.int64) * L
     lanes = tl.zeros([BE], tl.int64) + group * N
-    for first in range(chunk * T, min(chunk * T + T, L), U):
-        inputs = ()
-        steps = ()
-        B = ()
-        for i in tl.static_range(U):
-            row = base + tl.minimum(first + i, L - 1)
-            u = tl.load(u_ptr + row * E + channels, mask=mask, other=0.0)
-            dt = step_size(
-                code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
-            )
-            inputs = inputs + (u.to(tl.float32),)
-            steps = steps + (tl.where(first + i < L, dt, 0.0),)
-            B = B + load_states(b_ptr + row * b_stride + lanes, N, ASM)
-        for i in tl.static_range(U):
-            drive = steps[i] * inputs[i]
-            total += steps[i]
-            after = ()
-            for n in tl.static_range(N):
-                decay = tl.exp2(rates[n] * steps[i])
-                after = after + (state[n] * decay + drive * B[i * N + n],)
-            state = after
+    for t in range(chunk * T, min(chunk * T + T, L)):
+        row = base + t
+        u = tl.load(u_ptr + row * E + channels, mask=mask, other=0.0).to(tl.float32)
+        dt = step_size(
+            code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
+        )
+        B = load_states(b_ptr + row * b_stride + lanes, N, ASM)
+        drive = dt * u
+        total += dt
+        after = ()
+        for n in tl.static_range(N):
+            after = after + (state[n] * tl.exp2(rates[n] * dt) + drive * B[n],)
+        state = after
     slot = row_of.to(tl.int64) * (chunks + 1) + chunk + 1
     kept_ptr += slot * (N + 1) * E + channels
     for n in tl.static_range(N):
@@ -219,14 +209,10 @@ def scan_outputs(
     N: tl.constexpr,
     RANK: tl.constexpr,
     BE: tl.constexpr,
-    U: tl.constexpr,
     ADD: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Scan each chunk from its true first state; write y by token, or ADD to it.
-
-    T is a multiple of U, the steps whose inputs are loaded at a time.
-    """
+    """Scan each chunk from its true first state; write y by token, or ADD to it."""
     chunk, row_of = tl.program_id(0), tl.program_id(2)
     direction = row_of // batch
     group, channels, mask = channels_of(tl.program_id(1), per_group, BE)
@@ -243,35 +229,25 @@ def scan_outputs(
     lanes = tl.zeros([BE], tl.int64) + group * N
     y_ptr += row_of.to(tl.int64) * L * E
     position, run, step = walk_from(chunk * T, stride, reverse, L)
-    for first in range(chunk * T, min(chunk * T + T, L), U):
-        inputs = ()
-        steps = ()
-        B = ()
-        C = ()
-        for i in tl.static_range(U):
-            row = base + tl.minimum(first + i, L - 1)
-            u = tl.load(u_ptr + row * E + channels, mask=mask, other=0.0)
-            dt = step_size(
-                code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
-            )
-            inputs = inputs + (u.to(tl.float32),)
-            steps = steps + (tl.where(first + i < L, dt, 0.0),)
-            B = B + load_states(b_ptr + row * b_stride + lanes, N, ASM)
-            C = C + load_states(c_ptr + row * c_stride + lanes, N, ASM)
-        for i in tl.static_range(U):
-            drive = steps[i] * inputs[i]
-            y = skip * inputs[i]
-            after = ()
-            for n in tl.static_range(N):
-                decay = tl.exp2(rates[n] * steps[i])
-                now = state[n] * decay + drive * B[i * N + n]
-                y += now * C[i * N + n]
-                after = after + (now,)
-            state = after
-            token = (position * (L // stride) + run).to(tl.int64)
-            target = y_ptr + token * E + channels
-            here = mask & (first + i < L)
-            if ADD:
-                y += tl.load(target, mask=here, other=0.0).to(tl.float32)
-            tl.store(target, y.to(y_ptr.dtype.element_ty), mask=here)
-            position, run = walk_on(position, run, step, stride)
+    for t in range(chunk * T, min(chunk * T + T, L)):
+        row = base + t
+        u = tl.load(u_ptr + row * E + channels, mask=mask, other=0.0).to(tl.float32)
+        dt = step_size(
+            code_ptr, row, code_stride, weights, bias, channels, mask, RANK, ASM
+        )
+        B = load_states(b_ptr + row * b_stride + lanes, N, ASM)
+        C = load_states(c_ptr + row * c_stride + lanes, N, ASM)
+        drive = dt * u
+        y = skip * u
+        after = ()
+        for n in tl.static_range(N):
+            now = state[n] * tl.exp2(rates[n] * dt) + drive * B[n]
+            y += now * C[n]
+            after = after + (now,)
+        state = after
+        token = (position * (L // stride) + run).to(tl.int64)
+        target = y_ptr + token * E + channels
+        if ADD:
+            y += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+        position, run = walk_on(position, run, step, stride)

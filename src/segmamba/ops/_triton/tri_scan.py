@@ -38,7 +38,7 @@ _LOG2E = 1.4426950408889634
 _CODES = 8
 """The code's columns are padded to a multiple of this, for aligned rows."""
 
-_LONG = 1 << 17
+_LONG = 1 << 19
 """Tokens of a batch from which it is done in pieces."""
 
 
@@ -175,7 +175,8 @@ def tri_scan(
     batch, length, width = xz.shape
     count, channels = len(directions.orders), width // 2
     pieces = _pieces(batch, length, count)
-    sums = count if len(pieces) == 1 else 1
+    whole = len(pieces) == 1
+    sums = count if whole else 1
     y = xz.new_empty(sums * batch, length, channels)
     shape = kept_shape(count * batch, length, channels, directions.states)
     kept = xz.new_empty(shape, dtype=torch.float32)
@@ -183,8 +184,8 @@ def tri_scan(
         part = directions.part(which)
         scan = _prepare(xz[cases], part, part.projection(xz.dtype))
         rows = _rows(which, cases, batch)
-        target = y if sums == count else y[cases]
-        run_forward(scan, target, kept[rows], add=sums < count and which.start > 0)
+        target = y if whole else y[cases]
+        run_forward(scan, target, kept[rows], add=which.start > 0)
     out = xz.new_empty(batch, length, channels)
     total = y if sums == 1 else torch.empty_like(out)
     conv_kernels.gate[_grid(batch * length, channels, 1)](
