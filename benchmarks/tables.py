@@ -118,7 +118,7 @@ def measured(name: str) -> str:
     versions = data["versions"]
     lines = [
         f"{data['device']}, {data['dtype']}, PyTorch {versions['torch']}, "
-        f"commit {data['commit']}: {data['what']}.\n",
+        f"commit {data['commit'] or 'not recorded'}: {data['what']}.\n",
         "| what | size | step | median ms | quartiles | peak MiB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
