@@ -34,6 +34,7 @@ from segmamba.errors import (
 from segmamba.inference.prediction import Prediction
 from segmamba.inference.sliding_window import Progress, sliding_window_logits
 from segmamba.io import Volume, read_case
+from segmamba.ops.backends import warn_if_slow
 from segmamba.types import Array, FloatArray, JsonDict
 
 Scan: TypeAlias = "Volume | str | Path | Sequence[str | Path] | Array | torch.Tensor"
@@ -92,6 +93,7 @@ class Predictor:
         """
         _check(plan, channels, overlap, batch_size)
         self.device = resolve_device(device)
+        warn_if_slow(self.device)
         self.precision: Precision = precision_for(self.device, precision)
         group = [networks] if callable(networks) else list(networks)
         self.networks = [self._ready(network) for network in group]

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, describe
 
 BACKENDS = ("reference", "chunked", "numba", "triton")
+
+_OLDEST = (3, 3)
+"""Oldest Triton that compiles the kernels."""
+
+_FASTEST = {"cpu": "numba", "cuda": "triton"}
+"""The fastest back end of a kind of device, in float32."""
+
+_log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -40,12 +55,63 @@ def triton_status() -> str:
         return f"triton can't be imported ({type(error).__name__}: {error})"
     if triton_is_interpreted():
         return "available"
+    return (
+        _why_not_this_triton()
+        or _why_not_this_gpu()
+        or _why_no_launcher()
+        or "available"
+    )
+
+
+def _why_not_this_triton() -> str:
+    """Why this version is no good: kernels with tuples came with 3.3."""
+    version = str(importlib.import_module("triton").__version__)
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return "" if found >= _OLDEST else f"triton is {version}, and the kernels need 3.3"
+
+
+def _why_not_this_gpu() -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU that Triton's kernels run on"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
     major, minor = torch.cuda.get_device_capability()
-    if torch.version.hip is None and (major, minor) < (7, 0):
-        return f"the GPU's compute capability is {major}.{minor}, and Triton needs 7.0"
-    return "available"
+    if major < 8:  # their assembler packs two halves at once, as GPUs do from 8.0 on
+        return f"the GPU's compute capability is {major}.{minor}, the kernels need 8.0"
+    return ""
+
+
+def _why_no_launcher() -> str:
+    """Why Triton can't build the C code that launches kernels, at the first launch."""
+    if sys.platform == "win32":
+        return ""  # builds of Triton for Windows bring a compiler
+    compilers = (_build_knob("cc"), shutil.which("gcc"), shutil.which("clang"))
+    if _build_knob("impl"):
+        return ""  # somebody has set another way to build it
+    if not any(compilers):
+        return (
+            "Triton needs a C compiler at its first launch (gcc or clang), none is on "
+            "the PATH: install one, e.g. apt install gcc, to make GPUs several times "
+            "faster"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    if not headers.exists():
+        return (
+            f"Triton needs Python's C headers at its first launch, and {headers} is "
+            "missing: install them, e.g. apt install python3-dev, to make GPUs several "
+            "times faster"
+        )
+    return ""
+
+
+def _build_knob(name: str) -> Any:
+    """A setting of Triton's own build (it reads the compiler from CC)."""
+    try:
+        knobs = importlib.import_module("triton.knobs")
+    except ImportError:
+        return None  # before 3.4
+    return getattr(knobs.build, name, None)
 
 
 @functools.cache
@@ -70,6 +136,40 @@ def available_backends() -> dict[str, str]:
         "numba": _numba_status(),
         "triton": triton_status(),
     }
+
+
+def automatic_backend(device: torch.device) -> tuple[str, str]:
+    """Say what "auto" takes on a device for float32 and half types.
+
+    Args:
+        device: Where the tensors are.
+
+    Returns:
+        The back end, and why it isn't the fastest one that there is for such a device;
+        empty if it is.
+    """
+    taken = resolve_backend("auto", device=device, dtype=torch.float32)
+    fastest = _FASTEST.get(device.type, taken)
+    return taken, "" if taken == fastest else available_backends()[fastest]
+
+
+def warn_if_slow(device: torch.device) -> None:
+    """Log one warning in a process if a GPU's scans and norms take the slow path.
+
+    Args:
+        device: Where a network is about to run.
+    """
+    taken, reason = automatic_backend(device)
+    if device.type == "cuda" and reason:
+        _warn_once(
+            f"this GPU works several times slower than it could: its scans take the "
+            f"back end {taken!r}, since {reason}"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def resolve_backend(

@@ -23,6 +23,7 @@ from segmamba.devices import (
     resolve_device,
 )
 from segmamba.errors import TrainingError
+from segmamba.ops.backends import warn_if_slow
 from segmamba.training.batches import to_device
 from segmamba.training.diagnosis import (
     explain_interruption,
@@ -99,6 +100,7 @@ class Trainer:
     ) -> None:
         check_config(config)
         self.device = resolve_device(device)
+        warn_if_slow(self.device)
         self.precision: Precision = precision_for(self.device, config.precision)
         self.network = network.to(self.device)
         if self.device.type == "cpu" and self.precision == "bf16":

@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from segmamba import atomic
 from segmamba.checkpoint import load_model_metadata
 from segmamba.config import to_dict
@@ -16,13 +18,13 @@ from segmamba.data.plan import Plan
 from segmamba.devices import available_devices, precision_for, resolve_device
 from segmamba.errors import ConfigError, describe
 from segmamba.inference.load import trained_folds
-from segmamba.ops import available_backends
+from segmamba.ops.backends import automatic_backend, available_backends
 from segmamba.workflow.folder import RunFolder
 from segmamba.workflow.steps import load_run_plan
 
 Rows = list[tuple[str, str]]
 
-PACKAGES = ("segmamba", "torch", "numpy", "scipy", "numba", "nibabel")
+PACKAGES = ("segmamba", "torch", "triton", "numpy", "scipy", "numba", "nibabel")
 
 
 def info(run: Path | str | None = None) -> dict[str, Rows]:
@@ -50,8 +52,19 @@ def _installation() -> dict[str, Rows]:
     return {
         "Versions": system,
         "Devices": devices,
-        "Back ends of the scan": list(available_backends().items()),
+        "Back ends of the scan": list(available_backends().items()) + _taken(),
     }
+
+
+def _taken() -> Rows:
+    """What "auto" takes on the CPU, and on the GPU if there is one."""
+    kinds = {"CPU": "cpu"} | ({"GPU": "cuda"} if torch.cuda.is_available() else {})
+    rows: Rows = []
+    for name, kind in kinds.items():
+        taken, reason = automatic_backend(torch.device(kind))
+        warning = f", several times slower than it could be: {reason}" if reason else ""
+        rows.append((f"auto takes on the {name}", taken + warning))
+    return rows
 
 
 def _version(package: str) -> str:
