@@ -18,6 +18,11 @@ from segmamba.data.dataset import Dataset, dataset_from_dict
 from segmamba.data.plan import Plan, load_plan, plan_hash
 from segmamba.devices import precision_for, resolve_device
 from segmamba.errors import CheckpointError, ConfigError, describe
+from segmamba.inference.postprocessing import (
+    POSTPROCESSING_FILE,
+    PostprocessingStep,
+    load_postprocessing,
+)
 from segmamba.inference.predictor import Predictor
 from segmamba.nn import build_network
 from segmamba.types import JsonDict
@@ -38,6 +43,7 @@ def load_model(
     precision: str = "auto",
     batch_size: int = 1,
     accumulate_dtype: torch.dtype = torch.float32,
+    postprocessing: bool = True,
 ) -> Predictor:
     """Load a trained run: plan, data set's channels and labels, weights of its folds.
 
@@ -56,6 +62,8 @@ def load_model(
         precision: "auto", "fp32", "bf16" or "fp16".
         batch_size: Windows in a forward pass.
         accumulate_dtype: Type of the summed logits: float32, or float16 to save memory.
+        postprocessing: Do to label maps what the run's postprocessing.json says, if
+            there is one.
 
     Returns:
         A predictor: call it with a path or an array.
@@ -64,7 +72,7 @@ def load_model(
         CheckpointError: It isn't a run, nothing is trained, a fold is missing,
             several folds are half-trained and none is named, or weights don't fit
             the plan.
-        ConfigError: An option is out of range.
+        ConfigError: An option is out of range, or postprocessing.json can't be used.
         BackendUnavailableError: The device isn't there.
     """
     folder, folds = _resolve_run(Path(run), folds)
@@ -85,6 +93,7 @@ def load_model(
         precision=precision,
         batch_size=batch_size,
         accumulate_dtype=accumulate_dtype,
+        postprocessing=_steps(folder, dataset) if postprocessing else (),
         identity=_identity(models),
     )
 
@@ -279,6 +288,11 @@ def _some(names: set[str]) -> str:
     shown = sorted(names)[:4]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _steps(run: Path, dataset: Dataset) -> tuple[PostprocessingStep, ...]:
+    path = run / POSTPROCESSING_FILE
+    return load_postprocessing(path, dataset.labels).steps if path.exists() else ()
 
 
 def _mirror_axes(

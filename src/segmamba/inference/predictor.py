@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from segmamba.config import to_dict
 from segmamba.data.geometry import Geometry
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import Plan
@@ -30,6 +32,10 @@ from segmamba.errors import (
     FormatError,
     GeometryError,
     describe,
+)
+from segmamba.inference.postprocessing import (
+    PostprocessingStep,
+    apply_postprocessing,
 )
 from segmamba.inference.prediction import Prediction
 from segmamba.inference.sliding_window import Progress, sliding_window_logits
@@ -63,6 +69,7 @@ class Predictor:
         batch_size: int = 1,
         accumulate_device: str | torch.device | None = None,
         accumulate_dtype: torch.dtype = torch.float32,
+        postprocessing: Sequence[PostprocessingStep] = (),
         identity: JsonDict | None = None,
     ) -> None:
         """Put the networks on the device, ready to predict.
@@ -84,6 +91,7 @@ class Predictor:
             accumulate_device: Where logits are summed; None takes the device, or the
                 CPU where a GPU's memory is short.
             accumulate_dtype: Type of the sums: float32, or float16 to save memory.
+            postprocessing: What is done to every label map; probabilities stay.
             identity: What tells this model from others, for the record of a folder
                 of predictions.
 
@@ -102,6 +110,7 @@ class Predictor:
         self.mirror_axes = _mirror_axes(mirror)
         self.accumulate_device = accumulate_device
         self.accumulate_dtype = accumulate_dtype
+        self.postprocessing = tuple(postprocessing)
         self.identity = dict(identity or {})
 
     @property
@@ -115,10 +124,13 @@ class Predictor:
     @property
     def options(self) -> JsonDict:
         """What changes the label maps, apart from the model itself."""
-        return {
+        options: JsonDict = {
             "overlap": self.overlap,
             "mirror_axes": list(self.mirror_axes),
         }
+        if self.postprocessing:
+            options["postprocessing"] = list(map(to_dict, self.postprocessing))
+        return options
 
     def predict(
         self,
@@ -162,11 +174,13 @@ class Predictor:
             del volume  # its voxels are no longer needed; the windows want the memory
             logits = self._logits(torch.from_numpy(image), case, progress)
             label_map, maps = self._restore(logits, geometry, probabilities)
+            del logits
+            found = Prediction(label_map, scan_affine, maps, self.names, source)
+            return self._postprocessed(found)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise self._too_little_memory(case or "the scan", error) from error
-        return Prediction(label_map, scan_affine, maps, self.names, source)
 
     __call__ = predict
 
@@ -286,6 +300,14 @@ class Predictor:
                 logits, geometry, self.scheme, return_probabilities=True
             )
         return restore_label_map(logits, geometry, self.scheme), None
+
+    def _postprocessed(self, found: Prediction) -> Prediction:
+        if not self.postprocessing:
+            return found
+        label_map = apply_postprocessing(
+            found.label_map, found.spacing_mm, self.postprocessing, self.scheme
+        )
+        return dataclasses.replace(found, label_map=label_map)
 
     def _ready(self, network: Callable[..., Any]) -> Callable[..., Any]:
         return network.to(self.device) if isinstance(network, nn.Module) else network

@@ -217,6 +217,7 @@ def predict(
     probabilities: bool = False,
     folds: Sequence[str] | None = None,
     overwrite: bool = False,
+    postprocessing: bool = True,
     progress: Progress | None = None,
 ) -> PredictionSummary:
     """Segment scans with a trained run and write label maps.
@@ -233,6 +234,7 @@ def predict(
         probabilities: Write these too.
         folds: Which to average; None takes all that are trained.
         overwrite: Predict finished cases again.
+        postprocessing: Do what the run's postprocessing.json says, if there is one.
         progress: Called with the windows done, all windows, and the case.
 
     Returns:
@@ -243,7 +245,13 @@ def predict(
         FormatError: There is no scan.
     """
     predictor = load_model(
-        run, device, folds, overlap=overlap, mirror=mirror, precision=precision
+        run,
+        device,
+        folds,
+        overlap=overlap,
+        mirror=mirror,
+        precision=precision,
+        postprocessing=postprocessing,
     )
     cases = find_cases(scans, predictor.channels)
     return predict_cases(

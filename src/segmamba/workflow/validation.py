@@ -105,7 +105,8 @@ def final_validation(
 ) -> JsonDict:
     """Predict the held-out cases from their files as a user would, and score them.
 
-    Writes label maps to `validation/` and scores to `metrics.json` in the fold.
+    Writes label maps to `validation/` and scores to `metrics.json` in the fold. There
+    is no post-processing: it is decided from these label maps.
 
     Args:
         dataset: The data set.
@@ -125,7 +126,9 @@ def final_validation(
     folder = run.fold(fold)
     held_out = [case for case in dataset.cases if case.id in set(case_ids)]
     inputs = [InputCase(case.id, case.images) for case in held_out]
-    predictor = load_model(run.root, device, fold, precision=precision)
+    predictor = load_model(
+        run.root, device, fold, precision=precision, postprocessing=False
+    )
     summary = predict_cases(
         predictor,
         inputs,
