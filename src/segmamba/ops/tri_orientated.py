@@ -87,9 +87,9 @@ def tri_orientated_scan(
     with torch.autocast(xz.device.type, enabled=False):
         directions = list(zip(*parameters, strict=True))
         if method == "triton":
-            return _scan_on_gpu(xz, directions, orders)
+            return _scan_fused(xz, directions, orders, method)
         if method == "numba":
-            return _scan_fused(xz.to(work), directions, orders).to(xz.dtype)
+            return _scan_fused(xz.to(work), directions, orders, method).to(xz.dtype)
         x, z = xz.to(work).chunk(2, dim=-1)
         total = torch.zeros_like(x)
         for order, direction in zip(orders, directions, strict=True):
@@ -112,32 +112,21 @@ def _scan_direction(x: Tensor, direction: tuple[Tensor, ...], backend: str) -> T
 
 
 def _scan_fused(
-    xz: Tensor, directions: Sequence[tuple[Tensor, ...]], orders: Sequence[Order]
+    xz: Tensor,
+    directions: Sequence[tuple[Tensor, ...]],
+    orders: Sequence[Order],
+    method: str,
 ) -> Tensor:
     """All directions in one operator, on channels and states padded for its kernels."""
     channels = xz.shape[2] // 2
     if channels % LANES:
         xz = pad_rows(xz, 2)
-    parameters = [p for direction in directions for p in _pad_direction(direction)]
-    out, _, _ = tri_scan(
-        xz.contiguous(),
-        parameters,
-        [stride for stride, _ in orders],
-        [int(reverse) for _, reverse in orders],
-        needs_gradient(xz, *parameters),
-    )
-    return out[..., :channels] if channels % LANES else out
-
-
-def _scan_on_gpu(
-    xz: Tensor, directions: Sequence[tuple[Tensor, ...]], orders: Sequence[Order]
-) -> Tensor:
-    """All directions in one operator, in xz's type, on padded channels and states."""
-    channels = xz.shape[2] // 2
-    if channels % LANES:
-        xz = pad_rows(xz, 2)
-    parameters = [p for d in directions for p in _pad_for_gpu(d)]
-    out, _, _ = tri_scan_gpu(
+    operator, pad = {
+        "numba": (tri_scan, _pad_direction),
+        "triton": (tri_scan_gpu, _pad_for_gpu),
+    }[method]
+    parameters = [p for direction in directions for p in pad(direction)]
+    out, _, _ = operator(
         xz.contiguous(),
         parameters,
         [stride for stride, _ in orders],
