@@ -104,8 +104,12 @@ class Train:
     """Network; default: segmamba-light on a CPU, segmamba on a GPU."""
     fold: str = "0"
     """Fold of the splits to hold out, or all to train on every case."""
+    cross_validate: FlagCreatePairsOff[bool] = False
+    """Train all folds, sum up their scores and decide the post-processing; goes on
+    where an earlier call ended."""
     max_time: str | None = None
-    """Time to train, such as 10m or 1h30m; the schedule follows the clock."""
+    """Time to train (each fold), such as 10m or 1h30m; the schedule follows the
+    clock."""
     max_epochs: int | None = None
     """Epochs to train; default 1000 if no time is given."""
     device: str = "auto"
@@ -125,6 +129,8 @@ class Train:
         """Train, then validate on whole volumes."""
         from segmamba import workflow
 
+        if self.cross_validate:
+            return self._cross_validate()
         with ProgressDisplay() as progress:
             result = workflow.train(
                 self.data,
@@ -148,6 +154,59 @@ class Train:
         say(f"  {result.folder}")
         return 0
 
+    def _cross_validate(self) -> int:
+        from segmamba import workflow
+        from segmamba.workflow.fold_tables import folds_table, postprocessing_table
+
+        if self.fold != "0":
+            raise ConfigError(
+                describe(
+                    "--cross-validate trains all folds",
+                    expected="no --fold beside it",
+                    found=f"--fold {self.fold}",
+                )
+            )
+        with ProgressDisplay() as progress:
+            result = workflow.cross_validate(
+                self.data,
+                self.output,
+                preset=self.preset,
+                max_time_s=parse_duration(self.max_time),
+                max_epochs=self.max_epochs,
+                device=self.device,
+                config=self.config,
+                splits_file=self.splits,
+                split=self.split,
+                seed=self.seed,
+                progress=progress,
+                say=say,
+            )
+        print_summary(result.scores)
+        print_table(*folds_table(result.scores))
+        print_table(*postprocessing_table(result.postprocessing))
+        say(f"Trained in {format_duration(result.seconds)}; all of it is in:")
+        say(f"  {result.folder}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """Decide the post-processing of a run from the cases that its folds held out."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder, as written by train."""
+
+    def run(self) -> int:
+        """Decide, store and print what was tried."""
+        from segmamba import workflow
+        from segmamba.workflow.fold_tables import postprocessing_table
+
+        with ProgressDisplay() as progress:
+            decided = workflow.postprocess(self.run_folder, progress=progress)
+        print_table(*postprocessing_table(decided))
+        say(f"Written to {self.run_folder / 'postprocessing.json'}; predict does it.")
+        return 0
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -156,7 +215,8 @@ class Predict:
     run_folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder, as written by train."""
     input: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT")]
-    """A scan, the channels of one in order, a folder of scans, or a data set."""
+    """A scan, the channels of one in order, a folder of scans, a data set, or a folder
+    or archive of DICOM series."""
     output: Output
     """Folder to write to; or a file, for a single scan."""
     device: str = "auto"
@@ -173,11 +233,25 @@ class Predict:
     """Folds to average; default: all that are trained."""
     overwrite: FlagCreatePairsOff[bool] = False
     """Predict finished cases again."""
+    series: tuple[str, ...] | None = None
+    """Of DICOM: number, description or UID of the series of each channel, in order."""
+    dicom_seg: FlagCreatePairsOff[bool] = False
+    """Also write DICOM-SEG, for DICOM scans."""
+    seg_type: Literal["BINARY", "LABELMAP"] = "BINARY"
+    """Kind of DICOM-SEG; LABELMAP is smaller, but unknown to older viewers."""
+    segments: Path | None = None
+    """JSON file of codes and colours of the labels in DICOM-SEG."""
+    postprocessing: bool = True
+    """Do what the run's postprocessing.json says, if there is one."""
 
     def run(self) -> int:
         """Predict; exit code 1 if any case failed."""
         from segmamba import workflow
+        from segmamba.inference.dicom_study import SegOutput
+        from segmamba.io.dicom_segments import load_descriptions
 
+        described = load_descriptions(self.segments) if self.segments else {}
+        seg = SegOutput(self.seg_type, described) if self.dicom_seg else None
         with ProgressDisplay() as progress:
             summary = workflow.predict(
                 self.run_folder,
@@ -190,6 +264,9 @@ class Predict:
                 probabilities=self.probabilities,
                 folds=self.folds,
                 overwrite=self.overwrite,
+                series=self.series,
+                dicom_seg=seg,
+                postprocessing=self.postprocessing,
                 progress=progress,
             )
         for case, problem in summary.failed.items():
@@ -402,6 +479,7 @@ COMMANDS = {
     "check": Check,
     "plan": Plan,
     "train": Train,
+    "postprocess": Postprocess,
     "predict": Predict,
     "evaluate": Evaluate,
     "compare": Compare,

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from segmamba.config import TrainConfig
+from segmamba.atomic import read_json
+from segmamba.checkpoint import load_model_file
+from segmamba.config import AnyNetworkConfig, TrainConfig, from_dict, load_yaml
 from segmamba.data.cache import Cache, build_cache
 from segmamba.data.dataset import Dataset
 from segmamba.data.memory import training_memory_mib
@@ -86,6 +88,37 @@ class FoldTraining:
             say(result.note)
         return TrainingOutcome(trainer.folder.path, result.elapsed_s, self._scores())
 
+    def is_finished(self) -> bool:
+        """Tell whether just this training is over and its held-out cases are scored.
+
+        Raises:
+            FormatError: One of the fold's files is broken.
+            CheckpointError: Its model is.
+        """
+        folder = self.run.fold(self.fold)
+        names = ("model.safetensors", "config.yaml", "metrics.json")
+        model, config, metrics = (folder / name for name in names)
+        if not all(path.is_file() for path in (model, config, metrics)):
+            return False
+        trained = load_model_file(model)
+        expected = {
+            "finished": True,
+            "plan_hash": plan_hash(self.plan),
+            "split_hash": split_hash(self.members),
+        }
+        found = {key: trained.metadata.get(key) for key in expected}
+        if found != expected or trained.network != self.network_config:
+            return False
+        if from_dict(TrainConfig, load_yaml(config), source=str(config)) != self.config:
+            return False
+        return set(read_json(metrics)["cases"]) == set(self.members["val"])
+
+    @property
+    def network_config(self) -> AnyNetworkConfig:
+        """The network that is trained: the plan's, supervised as the settings say."""
+        supervised = self.plan.network.deep_supervision or self.config.deep_supervision
+        return dataclasses.replace(self.plan.network, deep_supervision=supervised)
+
     def _scores(self) -> JsonDict | None:
         if not self.members["val"]:
             return None
@@ -103,7 +136,7 @@ class FoldTraining:
         folder, seed = self.run.fold(self.fold), self.config.seed
         torch.manual_seed(seed)  # the weights' own randomness
         return Trainer(
-            self._network(),
+            build_network(self.network_config),
             batch_maker(
                 self._sampler(cache),
                 self.config.augmentation,
@@ -124,12 +157,6 @@ class FoldTraining:
                 "preset": self.plan.network.name,
             },
             memory_hint=self._memory_hint(),
-        )
-
-    def _network(self) -> nn.Module:
-        supervised = self.plan.network.deep_supervision or self.config.deep_supervision
-        return build_network(
-            dataclasses.replace(self.plan.network, deep_supervision=supervised)
         )
 
     def _sampler(self, cache: Cache) -> PatchSampler:

@@ -93,6 +93,16 @@ class RunFolder:
         """Preprocessed cases."""
         return self.root / "cache"
 
+    @property
+    def cross_validation(self) -> Path:
+        """Scores over all folds."""
+        return self.root / "cross_validation.json"
+
+    @property
+    def postprocessing(self) -> Path:
+        """What is done to predicted label maps, and how it was decided."""
+        return self.root / "postprocessing.json"
+
     def fold(self, name: str) -> Path:
         """The folder of a fold.
 

@@ -19,6 +19,7 @@ from segmamba.devices import resolve_device
 from segmamba.errors import ConfigError, FormatError, describe
 from segmamba.evaluation.evaluate import evaluate_folder
 from segmamba.inference.cases import PredictionSummary, find_cases, predict_cases
+from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.load import load_model
 from segmamba.nn import preset_config
 from segmamba.report.worst import worst_cases
@@ -218,13 +219,16 @@ def predict(
     folds: Sequence[str] | None = None,
     overwrite: bool = False,
     postprocessing: bool = True,
+    series: Sequence[str] | None = None,
+    dicom_seg: SegOutput | None = None,
     progress: Progress | None = None,
 ) -> PredictionSummary:
     """Segment scans with a trained run and write label maps.
 
     Args:
         run: A run folder.
-        scans: A scan, the channels of one in their order, a folder, or a data set.
+        scans: A scan, the channels of one in their order, a folder, a data set, or a
+            folder or archive of DICOM series.
         output: A folder; or a file name with a scan's ending, for a single scan.
         device: "auto", "cpu", "cuda" ...
         mirror: Average over mirrorings.
@@ -235,6 +239,8 @@ def predict(
         folds: Which to average; None takes all that are trained.
         overwrite: Predict finished cases again.
         postprocessing: Do what the run's postprocessing.json says, if there is one.
+        series: Of DICOM: number, description or UID of each channel's series.
+        dicom_seg: Write <case>.dcm too, for scans that are DICOM.
         progress: Called with the windows done, all windows, and the case.
 
     Returns:
@@ -253,13 +259,14 @@ def predict(
         precision=precision,
         postprocessing=postprocessing,
     )
-    cases = find_cases(scans, predictor.channels)
+    cases = find_cases(scans, predictor.channels, series=series)
     return predict_cases(
         predictor,
         cases,
         Path(output),
         overwrite=overwrite,
         probabilities=probabilities,
+        dicom_seg=dicom_seg,
         progress=staged(progress, "predicting"),
     )
 

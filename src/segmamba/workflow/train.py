@@ -74,6 +74,61 @@ def train(
             and `resume` is off.
         TrainingError: Not-a-number, or an interruption.
     """
+    job = fold_training(
+        data,
+        run,
+        preset=preset,
+        fold=fold,
+        max_time_s=max_time_s,
+        max_epochs=max_epochs,
+        device=device,
+        config=config,
+        splits_file=splits_file,
+        split=split,
+        seed=seed,
+        progress=progress,
+    )
+    return job.train(resume, say or (lambda text: None))
+
+
+def fold_training(
+    data: Path | str,
+    run: Path | str,
+    *,
+    preset: str | None = None,
+    fold: int | str = 0,
+    max_time_s: float | None = None,
+    max_epochs: int | None = None,
+    device: str = "auto",
+    config: Path | str | RunSettings | None = None,
+    splits_file: Path | str | None = None,
+    split: SplitScheme = "5-fold",
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> FoldTraining:
+    """Do all that comes before a training: measure, plan, split and compose settings.
+
+    Args:
+        data: As for `train`, and so are the other arguments.
+        run: The run folder.
+        preset: The network.
+        fold: Number of the split, or "all".
+        max_time_s: Seconds to train.
+        max_epochs: Epochs to train.
+        device: Where to train.
+        config: YAML file of settings, or the settings.
+        splits_file: Splits of one's own.
+        split: Which splits to draw.
+        seed: Of weights, patches and augmentation.
+        progress: Called with steps done, all steps, what is being done, and a note.
+
+    Returns:
+        The training, ready to begin or to go on.
+
+    Raises:
+        FormatError: The data set has errors.
+        ConfigError: A setting, the plan or the splits are unusable.
+    """
     settings, folder = load_settings(config), RunFolder(Path(run))
     fold, target = str(fold), resolve_device(device)
     folder.fold(fold)  # a bad name is refused before any work
@@ -84,10 +139,9 @@ def train(
     training = train_config(
         decided, settings, seed=seed, max_epochs=max_epochs, max_time_s=max_time_s
     )
-    job = FoldTraining(
+    return FoldTraining(
         dataset, decided, training, members, folder, fold, target, progress
     )
-    return job.train(resume, say or (lambda text: None))
 
 
 def train_config(
