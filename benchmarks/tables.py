@@ -47,8 +47,8 @@ SCORED = {
 
 BRIEF = {
     "brats2021-brief": (
-        "BraTS 2021, 4 cases, 4 minutes on 8 threads",
-        "segmamba train BraTS -o run --fold 3 --max-time 4m",
+        "BraTS 2021, 4 cases, 8 minutes",
+        "segmamba train BraTS -o run --fold 2 --max-time 8m",
     )
 }
 
