@@ -15,6 +15,7 @@ from segmamba.atomic import read_json, write_json
 from segmamba.checkpoint import versions
 from segmamba.devices import peak_memory_mib
 from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
+from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.find import InputCase, Which, find_cases
 from segmamba.inference.predictor import Predictor
 from segmamba.inference.sliding_window import Progress
@@ -94,6 +95,7 @@ def predict_cases(
     overwrite: bool = False,
     probabilities: bool = False,
     which: Which = "all",
+    dicom_seg: SegOutput | None = None,
     progress: Progress | None = None,
 ) -> PredictionSummary:
     """Predict cases one by one into a folder.
@@ -111,6 +113,7 @@ def predict_cases(
         overwrite: Predict finished cases again.
         probabilities: Write probabilities too.
         which: Of a data set: all cases, or those with or without a label map.
+        dicom_seg: Write <case>.dcm too, for cases that are DICOM.
         progress: Called with cases done, their number, and case and window at work.
 
     Returns:
@@ -120,24 +123,30 @@ def predict_cases(
         FormatError: No case is found, or the folder can't be written to.
         ConfigError: Two cases have one name; the folder holds another model's
             predictions, or the file is there, and `overwrite` is off; or one file is
-            named for several cases.
+            named for several cases; or `dicom_seg` is asked for other scans.
+        BackendUnavailableError: What writes DICOM-SEG isn't installed.
     """
     cases = _cases(predictor, inputs, which)
+    if dicom_seg is not None:
+        _check_dicom(cases, dicom_seg, predictor)
     folder = Path(out_folder)
     if is_scan(folder) and not folder.is_dir():
         return _predict_to_file(
-            predictor, cases, folder, overwrite, probabilities, progress
+            predictor, cases, folder, overwrite, probabilities, dicom_seg, progress
         )
     record = _Record.open(folder, predictor, overwrite)
     results: list[CaseResult] = []
     for index, case in enumerate(cases):
         steps = _Steps(progress, index, len(cases))
-        done = not overwrite and _is_done(case, folder, probabilities)
+        done = not overwrite and _is_done(
+            case, folder, probabilities, dicom_seg is not None
+        )
         if done:
             result = CaseResult(case.id, "skipped", case.images, _output(folder, case))
         else:
             maps = _probabilities(folder, case) if probabilities else None
-            result = _predict_case(predictor, case, _output(folder, case), maps, steps)
+            target = _output(folder, case)
+            result = _predict_case(predictor, case, target, maps, dicom_seg, steps)
         results.append(result)
         record.add(result, predictor)
         if progress is not None:
@@ -175,6 +184,7 @@ def _predict_to_file(
     file: Path,
     overwrite: bool,
     probabilities: bool,
+    dicom_seg: SegOutput | None,
     progress: Progress | None,
 ) -> PredictionSummary:
     if len(cases) != 1:
@@ -193,7 +203,7 @@ def _predict_to_file(
     maps = file.with_name(f"{strip_suffix(file)}_probabilities{SUFFIX}")
     steps = _Steps(progress, 0, 1)
     result = _predict_case(
-        predictor, cases[0], file, maps if probabilities else None, steps
+        predictor, cases[0], file, maps if probabilities else None, dicom_seg, steps
     )
     return PredictionSummary((result,))
 
@@ -203,6 +213,7 @@ def _predict_case(
     case: InputCase,
     target: Path,
     maps: Path | None,
+    dicom_seg: SegOutput | None,
     steps: _Steps,
 ) -> CaseResult:
     start = time.perf_counter()
@@ -211,13 +222,20 @@ def _predict_case(
         if case.problem is not None:
             raise FormatError(case.problem)
         prediction = predictor.predict(
-            case.images,
+            case.scan(),
             probabilities=maps is not None,
             case=f"case {case.id}",
             progress=steps,
         )
         if maps is not None:  # first: a label map says that the case is finished
             prediction.save_probabilities(maps)
+        if dicom_seg is not None:
+            dicom_seg.write(
+                _segmentation(target),
+                prediction.label_map,
+                case.series[0],
+                predictor.scheme,
+            )
         output, error = prediction.save(target), None
     except SegMambaError as problem:
         error = str(problem)
@@ -316,14 +334,41 @@ def _probabilities(folder: Path, case: InputCase) -> Path:
     return folder / "probabilities" / f"{case.id}{SUFFIX}"
 
 
-def _is_done(case: InputCase, folder: Path, probabilities: bool) -> bool:
+def _segmentation(target: Path) -> Path:
+    """Name the DICOM-SEG beside a label map."""
+    return target.with_name(f"{strip_suffix(target)}.dcm")
+
+
+def _check_dicom(
+    cases: list[InputCase], dicom_seg: SegOutput, predictor: Predictor
+) -> None:
+    others = [case for case in cases if not case.series and case.problem is None]
+    if others:
+        raise ConfigError(
+            describe(
+                "only what was DICOM can be written as DICOM-SEG",
+                expected="a folder or archive of DICOM series",
+                found=f"case {others[0].id}",
+                file=others[0].images[0] if others[0].images else None,
+                remedy="Leave out --dicom-seg.",
+            )
+        )
+    dicom_seg.check(predictor.scheme)
+
+
+def _is_done(
+    case: InputCase, folder: Path, probabilities: bool, dicom_seg: bool
+) -> bool:
     """Tell whether whole files of the scan's size are there."""
+    if dicom_seg and not _segmentation(_output(folder, case)).is_file():
+        return False
     files = [_output(folder, case)]
     files += [_probabilities(folder, case)] if probabilities else []
     if case.problem is not None or not all(file.is_file() for file in files):
         return False
     try:
-        shape = read_header(case.images[0]).shape
+        first = case.series[0] if case.series else read_header(case.images[0])
+        shape = first.shape
         return all(read_header(file).shape == shape for file in files)
     except SegMambaError:
         return False

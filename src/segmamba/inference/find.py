@@ -11,14 +11,23 @@ from typing import Literal
 from segmamba.data.dataset import Case
 from segmamba.data.layouts import load_dataset
 from segmamba.errors import ConfigError, FormatError, describe
-from segmamba.io import SCAN_SUFFIXES, is_scan, strip_suffix
+from segmamba.inference.dicom_study import dicom_studies
+from segmamba.io import (
+    SCAN_SUFFIXES,
+    DicomSeries,
+    Volume,
+    holds_dicom,
+    is_scan,
+    read_series,
+    strip_suffix,
+)
 
 Which = Literal["all", "labelled", "unlabelled"]
 """Cases of a data set: all, those with a label map, or those without."""
 
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})$")
 _SYNONYMS = (
-    {"t1", "t1n", "t1w"},
+    {"t1", "t1n", "t1w", "t1pre"},
     {"t1c", "t1ce", "t1gd", "t1post"},
     {"t2", "t2w"},
     {"flair", "t2f", "t2flair"},
@@ -36,6 +45,13 @@ class InputCase:
     """One file per channel in the model's order, or one file with all channels."""
     problem: str | None = None
     """What is wrong with its files, found before anything is read."""
+    series: tuple[DicomSeries, ...] = ()
+    """For DICOM: one series per channel in the model's order; `images` is then the
+    folder or archive that holds them."""
+
+    def scan(self) -> Volume | tuple[Path, ...]:
+        """Give what a predictor takes: the volume of its series, or its files."""
+        return read_series(self.series) if self.series else self.images
 
 
 def find_cases(
@@ -43,6 +59,7 @@ def find_cases(
     channels: Sequence[str],
     *,
     which: Which = "all",
+    series: Sequence[str] | None = None,
 ) -> list[InputCase]:
     """List the cases that an input names.
 
@@ -54,11 +71,14 @@ def find_cases(
     folders, each with the files of one scan, as in BraTS; any other data set that
     `data.layouts.load_dataset` knows. A CSV file is a data set. Label maps beside the
     images (case_seg.nii.gz) and contrasts that the model doesn't use are left aside.
+    A folder without any of these, a zip or tar, or a multi-frame file may hold DICOM:
+    each study is a case, its series are chosen by `series` or by their descriptions.
 
     Args:
         source: A scan, the channels of one, a folder, or a data set.
         channels: The model's channel names in order.
         which: Of a data set: all its cases, or only those with or without a label map.
+        series: Of DICOM: number, description or UID of each channel's series.
 
     Returns:
         Cases sorted by id. A case that lacks a channel carries a `problem`.
@@ -66,17 +86,23 @@ def find_cases(
     Raises:
         FormatError: Nothing is there, or no scan is found; a single scan lacks a
             channel.
-        ConfigError: A data set's channels differ in number from the model's.
+        ConfigError: A data set's channels differ in number from the model's, or it
+            isn't clear which DICOM series to take.
+        BackendUnavailableError: It is DICOM, and no library is there to read it.
     """
     if not isinstance(source, (str, Path)):
-        return _from_files([Path(path) for path in source], channels, which)
+        return _from_files([Path(path) for path in source], channels, which, series)
     path = Path(source)
-    if path.is_dir():
+    if series:
+        cases = _from_dicom(path, channels, series)
+    elif path.is_dir():
         cases = _from_folder(path, channels, which)
     elif not path.exists():
         raise FormatError(describe("there is no such scan or folder", file=path))
     elif path.suffix.lower() in (".csv", ".json"):
         cases = _from_dataset(path, channels, which)
+    elif not is_scan(path) and holds_dicom(path):
+        cases = _from_dicom(path, channels, None)
     else:
         cases = [_single(path, channels)]
     if not cases:
@@ -85,10 +111,20 @@ def find_cases(
 
 
 def _from_files(
-    files: list[Path], channels: Sequence[str], which: Which
+    files: list[Path],
+    channels: Sequence[str],
+    which: Which,
+    series: Sequence[str] | None,
 ) -> list[InputCase]:
     if len(files) == 1:
-        return find_cases(files[0], channels, which=which)
+        return find_cases(files[0], channels, which=which, series=series)
+    if series:
+        raise ConfigError(
+            describe(
+                "series can be chosen from one DICOM folder or archive only",
+                found=f"{len(files)} inputs",
+            )
+        )
     if len(channels) == 1:
         cases = [_single(file, channels) for file in files]
         return sorted(cases, key=lambda case: case.id)
@@ -145,6 +181,8 @@ def _from_folder(
     found = [case for path in children for case in _from_case_folder(path, channels)]
     if found and which == "all":
         return found
+    if holds_dicom(folder):
+        return _from_dicom(folder, channels, None)
     try:  # deeper folders (HGG, LGG), a table, or only the cases with a label map
         return _from_dataset(folder, channels, which)
     except FormatError:
@@ -170,6 +208,16 @@ def _from_dataset(path: Path, channels: Sequence[str], which: Which) -> list[Inp
         "unlabelled": dataset.unlabelled,
     }
     return [InputCase(case.id, case.images) for case in groups[which]]
+
+
+def _from_dicom(
+    source: Path, channels: Sequence[str], choices: Sequence[str] | None
+) -> list[InputCase]:
+    names = {channel: _names_of(channel) for channel in channels}
+    return [
+        InputCase(study.id, (source,), study.problem, study.series)
+        for study in dicom_studies(source, names, choices)
+    ]
 
 
 def _from_scans(

@@ -192,7 +192,8 @@ def _describe_content(head: bytes) -> tuple[str, str]:
     if low.startswith((b"<!doctype html", b"<html")):
         return "an HTML page", "Download the file again; this is an error page."
     if head[128:132] == b"DICM":
-        return "a DICOM file", "Convert the series to NIfTI first, with dcm2niix."
+        remedy = "Give `segmamba predict` the folder with the whole series, or convert "
+        return "a DICOM file", remedy + "it to NIfTI first, with dcm2niix."
     if start.startswith(b"PK\x03\x04"):
         return "a zip archive", "Unpack it first."
     if 348 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")):

@@ -12,7 +12,7 @@ from nibabel.nifti2 import Nifti2Header
 
 from segmamba.atomic import atomic_path
 from segmamba.errors import FormatError, GeometryError, describe
-from segmamba.io.formats import detect_format, read_head, scan_suffix
+from segmamba.io.formats import FakeFileError, detect_format, read_head, scan_suffix
 from segmamba.io.geometry import checked_affine
 from segmamba.io.metaimage import write_metaimage
 from segmamba.io.nifti import NiftiHeader, parse_nifti_header
@@ -159,7 +159,10 @@ def _like_header(like: Path | None) -> NiftiHeader | None:
     if like is None:
         return None
     head = read_head(like)
-    if detect_format(like, head) != "nifti":
+    try:
+        if detect_format(like, head) != "nifti":
+            return None
+    except FakeFileError:  # DICOM, or an archive of it
         return None
     return parse_nifti_header(like, head)
 
