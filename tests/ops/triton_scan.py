@@ -234,14 +234,10 @@ def test_same_bits_every_time_when_long(dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-"""opcheck's, without the one by tracing: the test of compilation below does that."""
-
-
 def test_the_scan_is_registered_well():
     shapes = ((1, 2, 16), (1, 2, 16), (16, 16), (1, 2, 1, 16), (1, 2, 1, 16))
     tensors = [torch.rand(s, device=DEVICE).requires_grad_() for s in shapes]
-    torch.library.opcheck(scan_rows, (*tensors, "triton", True), test_utils=CHECKS)
+    torch.library.opcheck(scan_rows, (*tensors, "triton", True))
 
 
 def test_the_tri_orientated_scan_is_registered_well():
@@ -249,7 +245,7 @@ def test_the_tri_orientated_scan_is_registered_well():
     flat = [p.requires_grad_() for kind in parameters for p in kind]
     flat[0] = flat[0].detach().squeeze(1).requires_grad_()
     arguments = (xz.requires_grad_(), flat, [1], [1], True)
-    torch.library.opcheck(tri_scan_gpu, arguments, test_utils=CHECKS)
+    torch.library.opcheck(tri_scan_gpu, arguments)
 
 
 def test_it_compiles_as_one_graph():

@@ -127,6 +127,8 @@ def scan_chunks(
     for n in tl.static_range(N):
         tl.store(kept_ptr + n * E, state[n], mask=mask)
     tl.store(kept_ptr + N * E, total, mask=mask)
+    # the first slot has no chunk before it
+    tl.store(kept_ptr - E, tl.zeros([BE], tl.float32), mask=mask & (chunk == 0))
 
 
 @triton.jit
