@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,22 @@ def make_dataset(folder: Path, cases: int = 6) -> Path:
     return folder
 
 
+def make_study(folder: Path) -> None:
+    """Write two DICOM series on one grid, of numbers 3 and 13."""
+    sys.path.append(str(Path(__file__).parent / "io"))
+    import dicom_series
+
+    for number, name in ((3, "T1 ax"), (13, "T2 ax")):
+        voxels = np.random.default_rng(number).integers(0, 300, (20, 20, 20))
+        group = dicom_series.datasets(
+            voxels.astype(np.int16), number=number, description=name
+        )
+        dicom_series.write(folder / name, group)
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/, a trained run/, predictions/, scans/ and settings.yaml."""
+    """A folder with data/, run/, predictions/, scans/, study/ and settings.yaml."""
     folder = tmp_path_factory.mktemp("project")
     make_dataset(folder / "data")
     settings = folder / "settings.yaml"
@@ -88,4 +102,5 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copytree(folder / "data" / "imagesTr", folder / "scans")
     shutil.copy(folder / "scans" / "case_0.nii.gz", folder / "scan.nii.gz")
+    make_study(folder / "study")
     return folder

@@ -266,9 +266,11 @@ def check_one_grid(series: Sequence[DicomSeries]) -> None:
 
     Raises:
         FormatError: The patients differ.
-        GeometryError: The grids, or what their positions refer to, differ.
+        GeometryError: The slices of one don't form a grid; the grids, or what their
+            positions refer to, differ.
     """
     first = series[0]
+    _ = first.grid  # a series alone must form one, too
     for other in series[1:]:
         if other.headers[0].patient != first.headers[0].patient:
             raise FormatError(

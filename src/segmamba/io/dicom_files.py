@@ -282,7 +282,7 @@ def _refusing_broken(path: Path) -> Iterator[None]:
             describe(
                 "an archive is broken or locked",
                 expected="a whole zip or tar without a password",
-                found=str(error) or type(error).__name__,
+                found=(str(error).splitlines() or [type(error).__name__])[0],
                 file=path,
                 remedy="Copy or download it again.",
             )
