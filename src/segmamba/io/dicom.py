@@ -28,6 +28,8 @@ from segmamba.io.geometry import describe_grid_difference
 from segmamba.io.volume import Volume
 from segmamba.types import Array, FloatArray, Size3
 
+_JPEG_LS_PLUGIN = "pyjpegls"
+
 __all__ = [
     "INSTALL",
     "DicomSeries",
@@ -347,22 +349,32 @@ def _check_claims(series: DicomSeries) -> None:
 
 def _decode(file: DicomFile, stream: Any, frames: Sequence[int]) -> list[Array]:
     pydicom = pydicom_module()
-    from pydicom.pixels import iter_pixels  # pyright: ignore
+    from pydicom.pixels import iter_pixels, pixel_array  # pyright: ignore
 
     with reading(file):
         data = pydicom.dcmread(stream)
-        syntax = data.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and syntax.is_encapsulated and not _can_decode(syntax):
-            raise missing_library(f"a decoder for {syntax.name}")
+        plugin = _plugin(data.file_meta.TransferSyntaxUID)
         if int(data.get("NumberOfFrames") or 1) == 1:
-            return [data.pixel_array]
-        return list(iter_pixels(data, indices=frames))
+            return [pixel_array(data, decoding_plugin=plugin)]
+        return list(iter_pixels(data, indices=frames, decoding_plugin=plugin))
 
 
-def _can_decode(syntax: Any) -> bool:
+def _plugin(syntax: Any) -> str:
+    """Name the decoder to take, or "" for pydicom's own choice.
+
+    Raises:
+        BackendUnavailableError: There is none for this transfer syntax.
+    """
+    if not (syntax.is_compressed and syntax.is_encapsulated):
+        return ""
     from pydicom.pixels import get_decoder  # pyright: ignore
 
-    return get_decoder(syntax).is_available
+    available = get_decoder(syntax).available_plugins
+    # On damaged JPEG-LS, GDCM ends the whole process.
+    wanted = _JPEG_LS_PLUGIN if syntax.name.startswith("JPEG-LS") else ""
+    if not available or (wanted and wanted not in available):
+        raise missing_library(f"a decoder for {syntax.name}")
+    return wanted
 
 
 def _rescaled(
