@@ -110,6 +110,20 @@ def compress(data: Dataset, syntax: UID, scratch: Path) -> None:
     data["PixelData"].is_undefined_length = True
 
 
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEGLosslessSV1])
+def test_damage_that_ends_gdcm_is_refused(tmp_path: Path, syntax: UID) -> None:
+    group = make.datasets(make.voxels().astype(np.uint16))
+    for data in group:
+        compress(data, syntax, tmp_path / "one.dcm")
+    stream = bytearray(group[2].PixelData)
+    for place in range(stream.index(b"\xff\xd8") + 2, len(stream), 7):
+        stream[place] ^= 0xA5
+    group[2].PixelData = bytes(stream)
+    make.write(tmp_path / "series", group)
+    with pytest.raises(FormatError, match="can't read a DICOM file"):
+        read_dicom(tmp_path / "series")
+
+
 def test_a_multi_frame_file_is_sorted_and_scaled_frame_by_frame(tmp_path: Path) -> None:
     stored, order = make.voxels(), [3, 0, 4, 2, 1]
     path = tmp_path / "enhanced.dcm"

@@ -23,6 +23,7 @@ from segmamba.io.dicom_headers import (
     read_header,
     reading,
 )
+from segmamba.io.dicom_jpeg import check_jpeg
 from segmamba.io.formats import MAX_INFLATION
 from segmamba.io.geometry import describe_grid_difference
 from segmamba.io.volume import Volume
@@ -349,11 +350,17 @@ def _check_claims(series: DicomSeries) -> None:
 
 def _decode(file: DicomFile, stream: Any, frames: Sequence[int]) -> list[Array]:
     pydicom = pydicom_module()
+    from pydicom.encaps import generate_frames
     from pydicom.pixels import iter_pixels, pixel_array  # pyright: ignore
+    from pydicom.uid import JPEGTransferSyntaxes
 
     with reading(file):
         data = pydicom.dcmread(stream)
         plugin = _plugin(data.file_meta.TransferSyntaxUID)
+        if data.file_meta.TransferSyntaxUID in JPEGTransferSyntaxes:
+            count = int(data.get("NumberOfFrames") or 1)
+            for part in generate_frames(data.PixelData, number_of_frames=count):
+                check_jpeg(part, data.Rows, data.Columns, data.BitsAllocated)
         if int(data.get("NumberOfFrames") or 1) == 1:
             return [pixel_array(data, decoding_plugin=plugin)]
         return list(iter_pixels(data, indices=frames, decoding_plugin=plugin))
