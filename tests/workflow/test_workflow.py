@@ -11,6 +11,7 @@ import pytest
 
 import segmamba
 from segmamba import cli, workflow
+from segmamba.cli.words import parse_duration
 from segmamba.errors import ConfigError, FormatError
 from segmamba.io import read_volume
 
@@ -145,7 +146,7 @@ def test_mistakes_get_one_text_and_no_traceback(
 
 
 def test_durations() -> None:
-    assert cli.parse_duration("1h30m") == 5400
-    assert cli.parse_duration("90s") == 90
-    assert cli.parse_duration("45") == 45
-    assert cli.parse_duration(None) is None
+    assert parse_duration("1h30m") == 5400
+    assert parse_duration("90s") == 90
+    assert parse_duration("45") == 45
+    assert parse_duration(None) is None

@@ -1,0 +1,52 @@
+"""The command line: one dataclass a command, each a few lines onto the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tyro
+
+import segmamba
+from segmamba.cli.machine import Benchmark, Demo, Info
+from segmamba.cli.results import Compare, Evaluate, Predict
+from segmamba.cli.training import Check, Plan, Postprocess, Train
+from segmamba.console import explain, say_error, showing_warnings
+
+COMMANDS = {
+    "check": Check,
+    "plan": Plan,
+    "train": Train,
+    "postprocess": Postprocess,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "compare": Compare,
+    "info": Info,
+    "demo": Demo,
+    "benchmark": Benchmark,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; default: the process's.
+
+    Returns:
+        The exit code: 0 if all went well, 1 for an error, 130 when interrupted.
+    """
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="segmamba",
+        description=(segmamba.__doc__ or "").partition("\n")[0],
+        args=None if arguments is None else list(arguments),
+    )
+    try:
+        with showing_warnings():
+            return command.run()
+    except KeyboardInterrupt:
+        say_error("interrupted; what was finished is kept.")
+        return 130
+    except Exception as error:
+        say_error(explain(error))
+    return 1

@@ -1,0 +1,66 @@
+"""Words that several commands read or print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+from segmamba.console import print_table
+from segmamba.errors import ConfigError, describe
+
+if TYPE_CHECKING:
+    from segmamba.types import JsonDict
+
+
+Output = Annotated[Path, arg(aliases=["-o"])]
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Read a time such as 90s, 10m or 1h30m; a bare number means seconds.
+
+    Args:
+        text: The time, or None.
+
+    Returns:
+        Seconds, or None.
+
+    Raises:
+        ConfigError: It isn't such a time, or is zero.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(
+        r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?",
+        text.strip(),
+    )
+    hours, minutes, seconds = match.groups(default="0") if match else ("0",) * 3
+    total = float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    if total <= 0:
+        raise ConfigError(
+            describe("bad time", expected="such as 90s, 10m or 1h30m", found=text)
+        )
+    return total
+
+
+def print_summary(metrics: JsonDict) -> None:
+    """Print mean and 95 % interval of Dice and HD95 for each label."""
+    shown = {"dice": "Dice", "hd95_mm": "HD95 mm"}
+    summary = metrics["summary"]
+    if all("lesion_dice" in row for row in summary.values()):
+        shown |= {"lesion_dice": "lesion Dice", "lesion_hd95_mm": "lesion HD95 mm"}
+    rows = []
+    for label, row in summary.items():
+        cells = [_mean_and_interval(row[name]) for name in shown]
+        rows.append((label, *cells, str(row["dice"]["n"])))
+    header = (f"{name} (95 % interval)" for name in shown.values())
+    print_table("Scores on whole volumes", ("label", *header, "cases"), rows)
+
+
+def _mean_and_interval(row: JsonDict) -> str:
+    if row["mean"] is None:
+        return "-"
+    low, high = row["ci95"]
+    return f"{row['mean']:.3f} ({low:.3f} to {high:.3f})"
