@@ -74,17 +74,19 @@ def test_a_run_is_not_overwritten(project: Path) -> None:
         )
 
 
-def test_fold_all_trains_on_every_case(project: Path) -> None:
+def test_fold_all_trains_on_every_case(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(project / "run", run)
     result = workflow.train(
         project / "data",
-        project / "run",
+        run,
         fold="all",
         config=project / "settings.yaml",
         device="cpu",
         max_epochs=1,
     )
     assert result.metrics is None
-    assert (project / "run" / "fold_all" / "model.safetensors").exists()
+    assert (run / "fold_all" / "model.safetensors").exists()
 
 
 def test_another_preset_needs_another_run(project: Path) -> None:
