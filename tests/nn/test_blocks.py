@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from segmamba.errors import GeometryError
 from segmamba.nn.blocks import (
+    FloatOnCpuConvolution,
     PaperGatedSpatialConvolution,
     Stem,
     feature_uncertainty,
@@ -74,3 +75,15 @@ def test_scan_orders_refuse_what_does_not_divide():
     assert scan_orders(["slice"], (4, 3, 3), num_slices=6) == [(6, False)]
     with pytest.raises(GeometryError, match="num_slices"):
         scan_orders(["slice"], (4, 3, 3), num_slices=8)
+
+
+def test_large_kernels_have_finite_gradients_in_bfloat16() -> None:
+    convolution = FloatOnCpuConvolution(12, 12, 7, padding=3, groups=12)
+    image = torch.randn(1, 12, 4, 4, 2)
+    convolution(image).square().sum().backward()
+    wanted = convolution.weight.grad
+    convolution.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        out = convolution(image)
+    out.square().sum().backward()
+    torch.testing.assert_close(convolution.weight.grad, wanted)

@@ -25,6 +25,21 @@ class VoidBiasConvolution(nn.Conv3d):
         return self._conv_forward(input, self.weight, None)
 
 
+class FloatOnCpuConvolution(nn.Conv3d):
+    """A convolution that stays in the weight's type on a CPU, whatever the autocast.
+
+    Torch 2.13's bfloat16 convolutions read leftover memory there where the map is
+    smaller than a kernel of 7: weight gradients that are wrong or not numbers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
+        if input.device.type != "cpu":
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3x3 convolutions around a shortcut, as MONAI's UnetrBasicBlock.
 

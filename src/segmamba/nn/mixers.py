@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segmamba.nn.blocks import FloatOnCpuConvolution
 from segmamba.types import Size3
 
 WINDOW = 7
@@ -45,7 +46,7 @@ class LargeKernelConvolution(nn.Module):
 
     def __init__(self, channels: int, kernel: int = WINDOW) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(
+        self.conv = FloatOnCpuConvolution(
             channels, channels, kernel, padding=kernel // 2, groups=channels
         )
         self.out_proj = nn.Linear(channels, channels)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmamba.config import PeerConfig
-from segmamba.nn.blocks import ResidualBlock, UpBlock
+from segmamba.nn.blocks import FloatOnCpuConvolution, ResidualBlock, UpBlock
 from segmamba.types import Size3
 
 KERNEL = 7
@@ -109,7 +109,7 @@ class UXBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = ChannelNorm(channels)
-        self.spatial = nn.Conv3d(
+        self.spatial = FloatOnCpuConvolution(
             channels, channels, KERNEL, padding=KERNEL // 2, groups=channels
         )
         self.norm2 = ChannelNorm(channels)
