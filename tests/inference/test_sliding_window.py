@@ -93,7 +93,7 @@ def test_small_image_lies_in_the_middle_of_zeros():
     sliding_window_logits(network, x, (8, 9, 7), mirror_axes=(), precision="fp32")
     assert len(seen) == 1
     expected = np.zeros((1, 1, 8, 9, 7), np.float32)
-    expected[0, 0, 2:5, :, 1:5] = x[0]
+    expected[0, 0, 2:5, :, 1:5] = x[0].numpy()
     np.testing.assert_array_equal(seen[0].numpy(), expected)
 
 
