@@ -12,7 +12,6 @@ from segmamba.nn.blocks import (
     PaperGatedSpatialConvolution,
     Stem,
     feature_uncertainty,
-    pad_to_multiple,
 )
 from segmamba.nn.mamba import scan_orders
 
@@ -43,15 +42,6 @@ def test_depthwise_stem_takes_any_channels(channels, groups):
     stem = Stem(channels, 16, (2, 2, 2), depthwise=True)
     assert stem.conv.groups == groups
     assert stem(torch.randn(1, channels, 8, 6, 4)).shape == (1, 16, 4, 3, 2)
-
-
-def test_padding_is_zeros_at_the_end():
-    x = torch.ones(1, 1, 2, 3, 4)
-    padded = pad_to_multiple(x, (3, 3, 6))
-    assert padded.shape == (1, 1, 3, 3, 6)
-    assert torch.equal(padded[:, :, :2, :3, :4], x)
-    assert padded.sum() == x.sum()
-    assert pad_to_multiple(x, (2, 3, 4)) is x
 
 
 def test_scan_orders_walk_the_axes_they_name():

@@ -20,7 +20,6 @@ from segmamba.nn import (
     preset_names,
     published_state_dict,
 )
-from segmamba.nn.segmamba import padded_size
 
 SMALL = {
     "dims": (8, 12, 16),
@@ -192,22 +191,6 @@ def test_a_wrong_input_is_refused():
         network(torch.randn(1, 1, 32, 32, 32))
     with pytest.raises(GeometryError, match="expected"):
         network(torch.randn(2, 32, 32, 32))
-
-
-@pytest.mark.parametrize(
-    ("size", "strides", "wanted"),
-    [
-        ((37, 50, 61), [(2, 2, 2)] * 4, (48, 64, 64)),
-        ((32, 32, 32), [(2, 2, 2)] * 4, (32, 32, 32)),
-        ((16, 16, 16), [(2, 2, 2)] * 4, (32, 32, 32)),
-        ((16, 16, 17), [(2, 2, 2)] * 4, (16, 16, 32)),
-        ((3, 8, 8), [(1, 2, 2)] * 3, (3, 8, 8)),
-        ((1, 8, 8), [(1, 2, 2)] * 3, (1, 16, 16)),
-        ((1, 1, 1), [(1, 1, 1)] * 2, (2, 2, 2)),
-    ],
-)
-def test_padding_leaves_more_than_one_voxel(size, strides, wanted):
-    assert padded_size(size, strides) == wanted
 
 
 def test_step_sizes_start_properly_in_every_direction():

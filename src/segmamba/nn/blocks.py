@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -303,20 +302,3 @@ def feature_uncertainty(z: Tensor) -> Tensor:
     mean = z.mean(dim=1, keepdim=True)
     entropy = -torch.sigmoid(mean) * F.logsigmoid(mean)
     return z * (2 - entropy)
-
-
-def pad_to_multiple(x: Tensor, sides: Sequence[int]) -> Tensor:
-    """Pad the end of each axis with zeros.
-
-    Args:
-        x: Image, (B, C, D, H, W).
-        sides: Wanted (D, H, W), none smaller than the image's.
-
-    Returns:
-        The image, (B, C, *sides); itself if nothing is missing.
-    """
-    missing = [side - now for side, now in zip(sides, x.shape[2:], strict=True)]
-    if not any(missing):
-        return x
-    depth, height, width = missing
-    return F.pad(x, (0, width, 0, height, 0, depth))

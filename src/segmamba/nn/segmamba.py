@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segmamba.config import NetworkConfig
-from segmamba.errors import GeometryError, describe
 from segmamba.nn.blocks import (
     ChannelMlp,
     Downsampling,
@@ -19,8 +17,8 @@ from segmamba.nn.blocks import (
     UpBlock,
     feature_uncertainty,
     gated_spatial_convolution,
-    pad_to_multiple,
 )
+from segmamba.nn.framing import crop_levels, image_size, pad_to_size, padded_size
 from segmamba.nn.mamba import MambaLayer, TriOrientatedMamba
 from segmamba.nn.mixers import build_mixer
 from segmamba.ops import instance_norm
@@ -84,23 +82,20 @@ class SegMamba(nn.Module):
             GeometryError: The image has the wrong number of axes or channels, or a
                 forced number of slices does not fit its size.
         """
-        self._check_input(image)
-        size = (image.shape[2], image.shape[3], image.shape[4])
-        x = pad_to_multiple(image, padded_size(size, level_strides(self.config)))
+        size = image_size(image, self.config.in_channels)
+        x = pad_to_size(image, padded_size(size, level_strides(self.config)))
         x = _channels_last(x) if x.is_cuda else x
         skips, x = self._encode(x)
         features = self._decode(skips, x)
         heads = (self.head, *self.lower_heads) if self.training else (self.head,)
         logits = [head(feature) for head, feature in zip(heads, features, strict=False)]
-        logits[0] = _crop(logits[0], size)
-        if len(logits) == 1:
-            return logits[0]
-        return [logits[0], *self._crop_lower(logits[1:], size)]
+        cropped = crop_levels(logits, size, level_strides(self.config))
+        return cropped if len(cropped) > 1 else cropped[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Move or convert, as `to` and `cuda` do; convolutions suit a GPU's layout.
 
-        There they are a quarter faster in channels-last, and norms several times.
+        There convolutions and the fused norms want channels-last.
         """
         before = self.head.weight.is_cuda
         super()._apply(fn, recurse)
@@ -138,24 +133,6 @@ class SegMamba(nn.Module):
                 module, *inputs, use_reentrant=False, preserve_rng_state=False
             )
         return module(*inputs)
-
-    def _crop_lower(self, logits: list[Tensor], size: Size3) -> list[Tensor]:
-        cropped = []
-        for item, stride in zip(logits, level_strides(self.config), strict=False):
-            size = _ceil_divide(size, stride)
-            cropped.append(_crop(item, size))
-        return cropped
-
-    def _check_input(self, image: Tensor) -> None:
-        channels = self.config.in_channels
-        if image.dim() != 5 or image.shape[1] != channels:
-            raise GeometryError(
-                describe(
-                    "a network takes a batch of volumes",
-                    expected=f"(B, {channels}, D, H, W)",
-                    found=tuple(image.shape),
-                )
-            )
 
 
 class EncoderStage(nn.Module):
@@ -232,28 +209,6 @@ def level_strides(config: NetworkConfig) -> list[Size3]:
     return [*config.strides, *extra]
 
 
-def padded_size(size: Size3, strides: list[Size3]) -> Size3:
-    """Give the size that an image is padded to.
-
-    Args:
-        size: (D, H, W) of the image in voxels.
-        strides: Stride of each level.
-
-    Returns:
-        The next multiples of the total strides; twice those on each down-sampled axis
-        where the deepest level would have a single voxel, which has no variance.
-    """
-    totals = [1, 1, 1]
-    for stride in strides:
-        totals = [total * step for total, step in zip(totals, stride, strict=True)]
-    counts = [-(-side // total) for side, total in zip(size, totals, strict=True)]
-    if math.prod(counts) == 1:
-        counts = [2 if total > 1 else 1 for total in totals]
-        counts = counts if max(counts) > 1 else [2, 2, 2]
-    padded = [count * total for count, total in zip(counts, totals, strict=True)]
-    return (padded[0], padded[1], padded[2])
-
-
 def _channels_last(x: Tensor) -> Tensor:
     # With one channel only a copy gets the strides by which torch knows the layout.
     if x.shape[1] == 1:
@@ -267,18 +222,6 @@ def _arrange_kernels(network: nn.Module, *, channels_last: bool) -> None:
     for parameter in network.parameters():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=layout)
-
-
-def _crop(x: Tensor, size: Size3) -> Tensor:
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    depth, height, width = size
-    return x[:, :, :depth, :height, :width]
-
-
-def _ceil_divide(size: Size3, stride: Size3) -> Size3:
-    sides = [-(-side // step) for side, step in zip(size, stride, strict=True)]
-    return (sides[0], sides[1], sides[2])
 
 
 def _stage_entry(config: NetworkConfig, index: int) -> nn.Module:

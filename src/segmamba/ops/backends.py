@@ -91,16 +91,14 @@ def _why_no_launcher() -> str:
     if not any(compilers):
         return (
             "Triton needs a C compiler at its first launch (gcc or clang), none is on "
-            "the PATH: install one, e.g. apt install gcc, to make GPUs several times "
-            "faster"
+            "the PATH: install one, e.g. apt install gcc, to make GPUs fast"
         )
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     headers = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     if not headers.exists():
         return (
             f"Triton needs Python's C headers at its first launch, and {headers} is "
-            "missing: install them, e.g. apt install python3-dev, to make GPUs several "
-            "times faster"
+            "missing: install them, e.g. apt install python3-dev, to make GPUs fast"
         )
     return ""
 
@@ -162,7 +160,7 @@ def warn_if_slow(device: torch.device) -> None:
     taken, reason = automatic_backend(device)
     if device.type == "cuda" and reason:
         _warn_once(
-            f"this GPU works several times slower than it could: its scans take the "
+            f"this GPU works slower than it could: its scans take the "
             f"back end {taken!r}, since {reason}"
         )
 

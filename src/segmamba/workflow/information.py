@@ -62,7 +62,7 @@ def _taken() -> Rows:
     rows: Rows = []
     for name, kind in kinds.items():
         taken, reason = automatic_backend(torch.device(kind))
-        warning = f", several times slower than it could be: {reason}" if reason else ""
+        warning = f", slower than it could be: {reason}" if reason else ""
         rows.append((f"auto takes on the {name}", taken + warning))
     return rows
 

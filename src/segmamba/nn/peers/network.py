@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from segmamba.config import PeerConfig
 from segmamba.errors import GeometryError, describe
-from segmamba.nn.blocks import pad_to_multiple
-from segmamba.nn.segmamba import padded_size
+from segmamba.nn.framing import (
+    crop,
+    crop_levels,
+    image_size,
+    pad_to_size,
+    padded_size,
+)
 from segmamba.types import Size3
 
 
@@ -43,9 +46,9 @@ class PeerNetwork(nn.Module):
             GeometryError: The image has the wrong number of axes or channels, or is
                 larger than the size that the network was built for.
         """
-        self._check_input(image)
-        size = (image.shape[2], image.shape[3], image.shape[4])
-        outputs = self.body(pad_to_multiple(image, self._padded(size)))
+        size = image_size(image, self.config.in_channels)
+        self._check_size(size)
+        outputs = self.body(pad_to_size(image, self._padded(size)))
         if isinstance(outputs, Tensor):
             return crop(outputs, size)
         if not (self.training and self.config.deep_supervision):
@@ -57,54 +60,15 @@ class PeerNetwork(nn.Module):
             return self.config.patch_size
         return padded_size(size, list(self.config.strides or ()))
 
-    def _check_input(self, image: Tensor) -> None:
-        channels = self.config.in_channels
-        if image.dim() != 5 or image.shape[1] != channels:
-            raise GeometryError(
-                describe(
-                    "a network takes a batch of volumes",
-                    expected=f"(B, {channels}, D, H, W)",
-                    found=tuple(image.shape),
-                )
-            )
+    def _check_size(self, size: Size3) -> None:
         limit = self.config.patch_size
-        sides = image.shape[2:]
-        if limit and any(n > most for n, most in zip(sides, limit, strict=True)):
+        if limit and any(n > most for n, most in zip(size, limit, strict=True)):
             raise GeometryError(
                 describe(
                     f"{self.config.name} is built for images of one size",
                     expected=f"{limit} or smaller, which is padded",
-                    found=tuple(sides),
+                    found=size,
                     remedy="Predict in windows of that size, as 'segmamba predict' "
                     "does, or build it with another patch_size.",
                 )
             )
-
-
-def crop(x: Tensor, size: Size3) -> Tensor:
-    """Keep the first (D, H, W) = `size` voxels of (B, C, D', H', W')."""
-    depth, height, width = size
-    return x[:, :, :depth, :height, :width]
-
-
-def crop_levels(
-    outputs: Sequence[Tensor], size: Size3, strides: Sequence[Size3]
-) -> list[Tensor]:
-    """Crop logits of each resolution to what the image covers there.
-
-    Args:
-        outputs: Logits, full resolution first.
-        size: (D, H, W) of the image.
-        strides: From each resolution to the next.
-
-    Returns:
-        Logits of ceil(side / stride) voxels.
-    """
-    cropped = [crop(outputs[0], size)]
-    for output, stride in zip(outputs[1:], strides, strict=False):
-        depth, height, width = (
-            -(-side // step) for side, step in zip(size, stride, strict=True)
-        )
-        size = (depth, height, width)
-        cropped.append(crop(output, size))
-    return cropped

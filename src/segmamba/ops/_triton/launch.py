@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from segmamba.ops._triton import scan_backward_kernels, scan_kernels
 from segmamba.ops.backends import triton_is_interpreted
+
+LOG2E = math.log2(math.e)
 
 LANES = 32
 """Channels of a program: its threads."""
@@ -56,7 +59,7 @@ def kept_shape(rows: int, length: int, channels: int, states: int) -> tuple[int,
         behind them; in the row behind the states of slot i + 1, chunk i's sum of step
         sizes.
     """
-    chunks = -(-length // chunk_steps(length))
+    chunks = ceil_divide(length, chunk_steps(length))
     return rows, chunks + 1, states + 1, channels
 
 

@@ -33,7 +33,7 @@ def load_four(pointers, ASM: tl.constexpr, OWN: tl.constexpr = False):
             "=r,=r,l",
             [pointers],
             dtype=(tl.int32, tl.int32),
-            is_pure=True,
+            is_pure=not OWN,
             pack=1,
         )
         if pointers.dtype.element_ty == tl.bfloat16:

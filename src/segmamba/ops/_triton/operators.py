@@ -12,15 +12,21 @@ from torch import Tensor
 
 from segmamba.ops._layout import GPU_STATES, LANES, pad_axis, pad_rows, unpad_rows
 from segmamba.ops._triton import tri_scan as fused
-from segmamba.ops._triton.launch import Scan, kept_shape, run_backward, run_forward
+from segmamba.ops._triton.launch import (
+    LOG2E,
+    Scan,
+    ceil_divide,
+    kept_shape,
+    run_backward,
+    run_forward,
+)
 
-_LOG2E = 1.4426950408889634
 _ALONG = ((1, False),)
 
 
 def padded(count: int, multiple: int) -> int:
     """The next multiple."""
-    return -(-count // multiple) * multiple
+    return ceil_divide(count, multiple) * multiple
 
 
 def scan_kept_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
@@ -38,7 +44,7 @@ def tri_kept_shape(xz: Tensor, states: int, count: int) -> tuple[int, ...]:
 
 def _scan_inputs(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Scan:
     groups = B.shape[2]
-    rates = pad_rows(pad_axis(A.mul(_LOG2E).T, -2, GPU_STATES), groups)
+    rates = pad_rows(pad_axis(A.mul(LOG2E).T, -2, GPU_STATES), groups)
     u = pad_rows(u, groups).contiguous()
     nothing = u.new_zeros(1, u.shape[2])
     return Scan(

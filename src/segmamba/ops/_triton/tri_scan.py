@@ -15,6 +15,7 @@ from torch import Tensor
 from segmamba.ops._triton import conv_kernels
 from segmamba.ops._triton.launch import (
     LANES,
+    LOG2E,
     Scan,
     ceil_divide,
     kept_shape,
@@ -31,10 +32,9 @@ _ROWS = 32
 _TILES = 8
 """Tiles of a program that sums over rows."""
 
-_SPLITS = (64, 16, 4, 1)
+_SPLITS = (64, 16, 4)
 """Parts into which a long product over rows is cut, for the sake of parallel work."""
 
-_LOG2E = 1.4426950408889634
 _CODES = 8
 """The code's columns are padded to a multiple of this, for aligned rows."""
 
@@ -96,7 +96,7 @@ class Directions:
     def rates(self) -> Tensor:
         """A / ln 2, (K, N, E)."""
         rates = torch.empty_like(self.A_log.mT, memory_format=torch.contiguous_format)
-        return torch.exp(self.A_log.mT, out=rates).mul_(-_LOG2E)
+        return torch.exp(self.A_log.mT, out=rates).mul_(-LOG2E)
 
 
 def stack(parameters: Sequence[Tensor], orders: Orders) -> Directions:
@@ -246,6 +246,8 @@ def tri_scan_backward(
         grad, total, xz, grad_xz, grad_y, batch * length, channels, **_TILE
     )
     pieces = _pieces(batch, length, len(directions.orders))
+    if len(pieces) == 1:
+        return grad_xz, _return(xz, directions, kept, grad_y, grad_xz, add=False)
     gradients = [torch.zeros_like(t) for t in directions.tensors]
     for which, cases in pieces:
         found = _return(
@@ -256,8 +258,6 @@ def tri_scan_backward(
             grad_xz[cases],
             add=which.start > 0,
         )
-        if len(pieces) == 1:
-            return grad_xz, found
         for total_of_kind, part in zip(gradients, found, strict=True):
             total_of_kind[which] += part
     return grad_xz, gradients
@@ -301,7 +301,7 @@ def _return(
 def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """Sum a^T b over rows: (K, rows, P), (K, rows, E) to (K, P, E), float32."""
     count, rows, _ = a.shape
-    parts = next(n for n in _SPLITS if rows % n == 0 and rows >= min(n - 1, 1) * 64 * n)
+    parts = next((n for n in _SPLITS if rows % n == 0 and rows >= 64 * n), 1)
     a, b = (t.reshape(count * parts, rows // parts, -1) for t in (a, b))
     product = torch.bmm(a.mT, b)
     return product.view(count, parts, *product.shape[1:]).sum(1, dtype=torch.float32)
