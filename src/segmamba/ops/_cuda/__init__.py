@@ -1,0 +1,1 @@
+"""Operators by CUDA kernels, for NVIDIA GPUs; compiled where they run."""
