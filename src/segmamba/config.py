@@ -243,6 +243,9 @@ class TrainConfig:
     """Stop after so many validations without a better score; None never does."""
     workers: int = 1
     """Threads that prepare batches ahead."""
+    snapshots: int = 0
+    """Weights to keep from the second half of the training, as samples for
+    `segmamba predict --uncertainty --snapshots`."""
 
 
 PRESET_TRAINING: dict[str, dict[str, Any]] = {

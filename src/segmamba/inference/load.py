@@ -30,6 +30,9 @@ from segmamba.types import JsonDict
 MODEL_FILE = "model.safetensors"
 """What a fold's folder holds for prediction."""
 
+SNAPSHOTS = "snapshots"
+"""Folder in a fold's folder of the weights that were kept while it trained."""
+
 _log = logging.getLogger(__name__)
 
 

@@ -14,7 +14,7 @@ from segmamba.types import JsonDict
 LIMITS = ("max_epochs", "max_time_s")
 """Settings that may grow when a run is gone on with."""
 
-FREE = ("workers", "save_every_s")
+FREE = ("workers", "save_every_s", "snapshots")
 """Settings that change nothing in the result, so they may change at any time."""
 
 
@@ -159,6 +159,7 @@ _RULES = (
     ("save_every_s", "0 or more", lambda value: value >= 0),
     ("patience", "1 or more", lambda value: value >= 1),
     ("workers", "0 or more", lambda value: value >= 0),
+    ("snapshots", "0 or more", lambda value: value >= 0),
 )
 
 

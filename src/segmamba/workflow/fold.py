@@ -29,6 +29,7 @@ from segmamba.training.results import Progress as TrainingProgress
 from segmamba.training.trainer import Trainer
 from segmamba.types import JsonDict
 from segmamba.workflow.folder import Progress, RunFolder, staged
+from segmamba.workflow.snapshots import snapshot_keeper
 from segmamba.workflow.validation import final_validation, quick_validation
 
 
@@ -135,7 +136,7 @@ class FoldTraining:
     def _trainer(self, cache: Cache) -> Trainer:
         folder, seed = self.run.fold(self.fold), self.config.seed
         torch.manual_seed(seed)  # the weights' own randomness
-        return Trainer(
+        trainer = Trainer(
             build_network(self.network_config),
             batch_maker(
                 self._sampler(cache),
@@ -151,13 +152,20 @@ class FoldTraining:
             device=self.device,
             validate=self._validation(cache),
             on_progress=self.progress and _display(self.progress),
-            on_epoch=lambda log: training_curve(log, folder / "curve.png"),
             model_metadata={
                 "dataset": self.dataset.name,
                 "preset": self.plan.network.name,
             },
             memory_hint=self._memory_hint(),
         )
+        keep = snapshot_keeper(trainer, self.config.snapshots)
+
+        def on_epoch(log: Path) -> None:
+            keep(log)
+            training_curve(log, folder / "curve.png")
+
+        trainer.on_epoch = on_epoch
+        return trainer
 
     def _sampler(self, cache: Cache) -> PatchSampler:
         return PatchSampler(
