@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-_spec = importlib.util.spec_from_file_location(
-    "ops_loops", Path(__file__).parent / "loops.py"
-)
-_loops = importlib.util.module_from_spec(_spec)
-sys.modules["ops_loops"] = _loops
-_spec.loader.exec_module(_loops)
+from segmamba.ops import backends
+
+
+def _module(name: str, file: str):
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_loops = _module("ops_loops", "loops.py")
+_emulator = _module("ops_emulator", "emulator/emulator.py")
 
 
 def _mend_interpreter() -> None:
@@ -56,6 +64,24 @@ if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == 
 def loops():
     """The formulas as loops."""
     return _loops
+
+
+@pytest.fixture
+def emulator():
+    """Runs CUDA kernels on CPU tensors; the test is skipped where it can't."""
+    if _emulator.why_not():
+        pytest.skip(_emulator.why_not())
+    return _emulator
+
+
+@pytest.fixture
+def cuda_device(request):
+    """Where the back end "cuda" runs: a GPU, or else the CPU, emulated."""
+    if backends.cuda_status() == "available":
+        yield torch.device("cuda", torch.cuda.current_device())
+        return
+    with request.getfixturevalue("emulator").emulated_cuda():
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import shutil
 import sys
-import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +13,12 @@ from segmamba import workflow
 from segmamba.config import TrainConfig
 from segmamba.errors import BackendUnavailableError
 from segmamba.inference import predictor
-from segmamba.ops import backends, instance_norm, norm
+from segmamba.ops import backends
+from segmamba.ops._cuda import nvrtc
 from segmamba.ops.backends import (
     automatic_backend,
+    cuda_status,
     resolve_backend,
-    triton_status,
     warn_if_slow,
 )
 from segmamba.training import trainer
@@ -30,56 +28,47 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 class Machine:
-    """Plays a machine with a new NVIDIA GPU, gcc and Triton, unless told otherwise."""
+    """Plays a machine with an H100 and its NVRTC, unless told otherwise."""
 
-    def __init__(self, monkeypatch, folder):
+    def __init__(self, monkeypatch):
         self.patch = monkeypatch
-        self.knobs = SimpleNamespace(
-            runtime=SimpleNamespace(interpret=False),
-            build=SimpleNamespace(cc=None, impl=None),
-        )
-        self.headers = folder
-        (folder / "Python.h").touch()
-        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: "a played GPU")
-        monkeypatch.setattr(
-            sysconfig, "get_paths", lambda scheme: {"include": str(folder)}
-        )
-        self.triton("3.6.0")
-        self.compilers("gcc")
+        monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+        monkeypatch.setattr(nvrtc, "architectures", lambda: (75, 80, 90))
         self.capability(9, 0)
-
-    def triton(self, version):
-        self.patch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-        self.patch.setitem(sys.modules, "triton.knobs", self.knobs)
-
-    def compilers(self, *names):
-        self.patch.setattr(
-            shutil, "which", lambda name: f"/bin/{name}" if name in names else None
-        )
 
     def capability(self, *numbers):
         self.patch.setattr(
             torch.cuda, "get_device_capability", lambda device=None: numbers
         )
 
+    def without_nvrtc(self):
+        """PyTorch's, built with CUDA 12.8, is missing."""
+        self.patch.setattr(torch.version, "cuda", "12.8")
+        self.patch.setattr(nvrtc, "_folders", lambda major: [])
+        self.patch.setattr(nvrtc, "architectures", nvrtc.library)
+        forget()
+
 
 def forget():
     for function in (
-        triton_status,
+        cuda_status,
+        backends.triton_status,
         backends.triton_is_interpreted,
         backends._warn_once,
+        nvrtc.library,
     ):
         function.cache_clear()
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def machine(monkeypatch):
     forget()
-    yield Machine(monkeypatch, tmp_path)
+    yield Machine(monkeypatch)
     forget()
 
 
@@ -87,79 +76,39 @@ def take(device=GPU):
     return resolve_backend("auto", device=device, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_a_new_gpu_takes_triton(machine, compiler):
-    machine.compilers(compiler)
-    assert triton_status() == "available"
-    assert automatic_backend(GPU) == ("triton", "")
+def test_a_gpu_takes_cuda(machine):
+    assert cuda_status() == "available"
+    assert automatic_backend(GPU) == ("cuda", "")
     assert take(CPU) == "numba"
+    assert resolve_backend("auto", device=GPU, dtype=torch.float64) == "chunked"
 
 
-def test_without_a_compiler_the_gpu_works_and_says_what_to_install(machine):
-    machine.compilers("cc", "make")  # Triton looks for gcc and clang only
-    reason = triton_status()
-    assert "C compiler" in reason
-    assert "apt install gcc" in reason
+def test_without_nvrtc_the_gpu_works_and_says_what_to_install(machine):
+    machine.without_nvrtc()
+    reason = cuda_status()
+    assert "NVRTC" in reason
+    assert "nvidia-cuda-nvrtc-cu12 with pip" in reason
     assert automatic_backend(GPU) == ("chunked", reason)
-    with pytest.raises(BackendUnavailableError, match="apt install gcc"):
-        resolve_backend("triton", device=GPU, dtype=torch.float32)
+    with pytest.raises(BackendUnavailableError, match="nvidia-cuda-nvrtc-cu12"):
+        resolve_backend("cuda", device=GPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("knob", ["cc", "impl"])
-def test_triton_may_be_told_of_a_compiler(machine, knob):
-    machine.compilers()
-    setattr(machine.knobs.build, knob, "/opt/bin/cc")
-    assert triton_status() == "available"
-
-
-def test_without_python_headers_it_says_what_to_install(machine):
-    (machine.headers / "Python.h").unlink()
-    assert "apt install python3-dev" in triton_status()
-    assert take() == "chunked"
-
-
-def test_old_gpus_other_vendors_and_old_tritons_take_chunked(machine, monkeypatch):
-    machine.capability(7, 5)
-    assert "capability is 7.5" in triton_status()
-    assert take() == "chunked"
-    forget()
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "AMD" in triton_status()
-    assert take() == "chunked"
-    forget()
-    for version, fits in (("3.2.0", False), ("3.3.1", True), ("3.10.0+git", True)):
-        machine.triton(version)
+def test_other_gpus_take_chunked(machine, monkeypatch):
+    for numbers, text in (((6, 1), "the kernels need 7.0"), ((7, 0), "NVRTC 13.0")):
+        machine.capability(*numbers)
         forget()
-        monkeypatch.setattr(torch.version, "hip", None)
-        machine.capability(8, 0)
-        assert (triton_status() == "available") == fits
+        assert "{}.{}".format(*numbers) in cuda_status()
+        assert text in cuda_status()
+        assert take() == "chunked"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    forget()
+    assert "AMD" in cuda_status()
+    assert take() == "chunked"
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_other_devices_take_chunked_without_a_reason(machine, kind):
     assert automatic_backend(torch.device(kind)) == ("chunked", "")
-
-
-def test_the_norm_takes_the_same_path(machine):
-    assert norm._status() == "available"
-    machine.compilers()
-    forget()
-    x = torch.randn(1, 2, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
-    assert "apt install gcc" in norm._status()
-    assert not norm._takes_triton(GpuTensor(x), None, "auto")
-    assert instance_norm(x).shape == x.shape
-
-
-class GpuTensor:
-    """A tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-    def __init__(self, x):
-        self.x = x
-
-    def __getattr__(self, name):
-        return getattr(self.x, name)
 
 
 def info():
@@ -168,12 +117,11 @@ def info():
 
 def test_info_states_the_path(machine):
     assert info()["auto takes on the CPU"] == "numba"
-    assert info()["auto takes on the GPU"] == "triton"
-    machine.compilers()
-    forget()
+    assert info()["auto takes on the GPU"] == "cuda"
+    machine.without_nvrtc()
     row = info()["auto takes on the GPU"]
     assert row.startswith("chunked, slower than it could be")
-    assert "apt install gcc" in row
+    assert "nvidia-cuda-nvrtc-cu12" in row
 
 
 def test_info_knows_no_gpu_where_there_is_none(machine, monkeypatch):
@@ -182,13 +130,13 @@ def test_info_knows_no_gpu_where_there_is_none(machine, monkeypatch):
 
 
 def test_the_slow_path_is_told_once(machine, caplog):
-    machine.compilers()
+    machine.without_nvrtc()
     with caplog.at_level(logging.WARNING, "segmamba"):
         for device in (CPU, GPU, GPU):
             warn_if_slow(device)
     assert len(caplog.messages) == 1
     assert "'chunked'" in caplog.text
-    assert "apt install gcc" in caplog.text
+    assert "nvidia-cuda-nvrtc-cu12" in caplog.text
 
 
 def test_the_fast_path_is_told_of_nothing(machine, caplog):
@@ -213,19 +161,9 @@ def test_training_and_prediction_warn(machine, monkeypatch, caplog, module, begi
     def stop(*_):
         raise StopIteration
 
-    machine.compilers()
+    machine.without_nvrtc()
     monkeypatch.setattr(predictor, "_check", lambda *_: None)
     monkeypatch.setattr(module, "precision_for", stop)
     with pytest.raises(StopIteration):
         begin()
-    assert "apt install gcc" in caplog.text
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-def test_tritons_own_settings_are_where_they_are_looked_for():
-    """With the Triton that is installed, not a played one."""
-    from triton import knobs
-
-    assert {"cc", "impl"} <= set(dir(knobs.build))
+    assert "nvidia-cuda-nvrtc-cu12" in caplog.text

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, describe
+from segmamba.ops._cuda import nvrtc
 
-BACKENDS = ("reference", "chunked", "numba", "triton")
+BACKENDS = ("reference", "chunked", "numba", "cuda", "triton")
 
 _OLDEST = (3, 3)
 """Oldest Triton that compiles the kernels."""
 
-_FASTEST = {"cpu": "numba", "cuda": "triton"}
+_FASTEST = {"cpu": "numba", "cuda": "cuda"}
 """The fastest back end of a kind of device, in float32."""
+
+cuda_is_emulated = False
+"""Whether the tests' emulator runs the CUDA kernels, on CPU tensors."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +43,42 @@ def _numba_status() -> str:
 @torch.compiler.assume_constant_result
 def _numba_is_available() -> bool:
     return _numba_status() == "available"
+
+
+@functools.cache
+def cuda_status() -> str:
+    """Say whether the CUDA kernels can run here.
+
+    Returns:
+        "available", or the reason why not.
+    """
+    return _why_not_nvidia() or _why_no_compiler() or "available"
+
+
+def _why_not_nvidia() -> str:
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
+    return ""
+
+
+def _why_no_compiler() -> str:
+    """Why NVRTC can't compile the kernels for this GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 7:
+        return f"the GPU's compute capability is {major}.{minor}, the kernels need 7.0"
+    try:
+        known = nvrtc.architectures()
+    except BackendUnavailableError as error:
+        return str(error).rstrip(".")
+    if 10 * major + minor in known:
+        return ""
+    version = ".".join(map(str, nvrtc.version()))
+    return (
+        f"the GPU's compute capability is {major}.{minor}, which NVRTC {version} of "
+        "this PyTorch doesn't compile for"
+    )
 
 
 @functools.cache
@@ -132,6 +172,7 @@ def available_backends() -> dict[str, str]:
         "reference": "available",
         "chunked": "available",
         "numba": _numba_status(),
+        "cuda": cuda_status(),
         "triton": triton_status(),
     }
 
@@ -205,6 +246,7 @@ def resolve_backend(
     if name in ("reference", "chunked"):
         return name
     reasons = {
+        "cuda": _why_not_cuda(device, dtype) or limit,
         "triton": _why_not_triton(device, dtype) or limit,
         "numba": _why_not_numba(device, dtype) or limit or numba_limit,
     }
@@ -223,9 +265,29 @@ def resolve_backend(
 def _automatic(reasons: dict[str, str]) -> str:
     """The fastest back end with no reason against it; never an interpreted one."""
     for name, reason in reasons.items():
-        if not reason and not (name == "triton" and _triton_interprets()):
+        slow = name == "triton" and _triton_interprets()
+        if not reason and not slow and not (name == "cuda" and cuda_is_emulated):
             return name
     return "chunked"
+
+
+def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return f"it computes in float32, and these tensors are {dtype}"
+    return why_not_on(device)
+
+
+def why_not_on(device: torch.device) -> str:
+    """Say why the CUDA kernels can't run on a device's tensors; empty if they can."""
+    if device.type != "cuda" and not cuda_is_emulated:
+        return f"it needs tensors on a GPU, and these are on {device.type}"
+    status = _constant_cuda_status()
+    return "" if status == "available" else status
+
+
+@torch.compiler.assume_constant_result
+def _constant_cuda_status() -> str:
+    return cuda_status()
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
