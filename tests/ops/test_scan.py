@@ -285,8 +285,8 @@ def test_back_ends_that_cannot_run():
     with pytest.raises(BackendUnavailableError, match="constant"):
         selective_scan(**constant, backend="numba")
     with pytest.raises(ConfigError, match="unknown back end"):
-        selective_scan(**tensors, backend="cuda")
-    assert set(available_backends()) == {"reference", "chunked", "numba", "triton"}
+        selective_scan(**tensors, backend="fpga")
+    assert set(available_backends()) >= {"reference", "chunked", "numba", "cuda"}
 
 
 @pytest.mark.parametrize("backend", ["chunked", "numba"])
