@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,11 +112,12 @@ class _Arguments:
         places = range(start, start + 8 * count, 8)
         self.addresses = (ctypes.c_void_p * count)(*places)
 
+        self._pointers = [i for i, x in enumerate(arguments) if _code(x) == "Q"]
+
     def write(self, arguments: tuple[Tensor | int | float | None, ...]) -> None:
-        values = [
-            x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x
-            for x in arguments
-        ]
+        values: list[Any] = list(arguments)
+        for i in self._pointers:
+            values[i] = 0 if values[i] is None else values[i].data_ptr()
         self._format.pack_into(self._buffer, 0, *values)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -14,22 +16,17 @@ _INVALID_CONTEXT = 201
 _DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
-_void, _uint = ctypes.c_void_p, ctypes.c_uint
-
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
+    """Load the driver."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(name)
+        return ctypes.CDLL(name)
     except OSError as error:
         raise BackendUnavailableError(
             describe("NVIDIA's driver can't be loaded", found=error)
         ) from error
-    driver.cuLaunchKernel.argtypes = [_void, *[_uint] * 7, _void, _void, _void]
-    driver.cuCtxSetCurrent.argtypes = [_void]
-    driver.cuFuncSetAttribute.argtypes = [_void, ctypes.c_int, ctypes.c_int]
-    return driver
 
 
 def _check(status: int) -> None:
@@ -43,12 +40,20 @@ def _check(status: int) -> None:
 
 
 @functools.cache
-def _context(index: int) -> int | None:
+def _context(index: int) -> ctypes.c_void_p:
     """The context that PyTorch works in on a device; it stays for good."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     _check(_driver().cuDeviceGet(ctypes.byref(device), index))
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-    return context.value
+    return context
+
+
+@contextlib.contextmanager
+def _on(index: int) -> Iterator[None]:
+    """Make a device's context the current one."""
+    with torch.cuda.device(index):
+        _check(_driver().cuCtxSetCurrent(_context(index)))
+        yield
 
 
 class Module:
@@ -62,22 +67,27 @@ class Module:
     def __init__(self, cubin: bytes, index: int) -> None:
         self.index = index
         self._module = ctypes.c_void_p()
-        with torch.cuda.device(index):
-            _check(_driver().cuCtxSetCurrent(_context(index)))
+        with _on(index):
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
 
     def function(self, name: str) -> Function:
         """Find a kernel by its name."""
         found, text = ctypes.c_void_p(), name.encode()
         get = _driver().cuModuleGetFunction
-        _check(get(ctypes.byref(found), self._module, text))
-        return Function(found.value, self.index)
+        with _on(self.index):
+            _check(get(ctypes.byref(found), self._module, text))
+        return Function(found, self.index)
 
 
 class Function:
-    """A kernel on a device."""
+    """A kernel on a device.
 
-    def __init__(self, handle: int | None, index: int) -> None:
+    Args:
+        handle: The driver's.
+        index: The device's number.
+    """
+
+    def __init__(self, handle: ctypes.c_void_p, index: int) -> None:
         self._handle = handle
         self._index = index
         self._shared = 48 * 1024
@@ -104,7 +114,8 @@ class Function:
             return
         if shared > self._shared:
             self._allow(shared)
-        stream = _current_stream(self._index)
+        # Types declared once for the function would double the time of a call.
+        stream = ctypes.c_void_p(_current_stream(self._index))
         sizes = (*grid, threads, 1, 1, shared)
         status = self._launch(self._handle, *sizes, stream, addresses, None)
         if status == _INVALID_CONTEXT:  # a thread that hasn't used the GPU so far
@@ -115,8 +126,8 @@ class Function:
 
     def _allow(self, shared: int) -> None:
         allow = _driver().cuFuncSetAttribute
-        _check(_driver().cuCtxSetCurrent(_context(self._index)))
-        _check(allow(self._handle, _DYNAMIC_SHARED, shared))
+        with _on(self._index):
+            _check(allow(self._handle, _DYNAMIC_SHARED, shared))
         self._shared = shared
 
 
