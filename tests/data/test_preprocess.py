@@ -251,6 +251,19 @@ def test_probabilities_against_the_whole_volume_at_once(scheme):
     np.testing.assert_array_equal(inner_label, scheme.decode(whole.numpy()))
 
 
+@pytest.mark.parametrize("scheme", [CLASSES, BRATS], ids=["classes", "regions"])
+def test_ties_are_decoded_as_the_scheme_says(scheme):
+    """Logits of few values: many voxels where outputs are equal, or exactly 0."""
+    _, geometry = preprocess_image(
+        Volume(np.ones((1, 9, 10, 11), np.float32), np.eye(4)), make_plan()
+    )
+    logits = np.random.default_rng(0).integers(-1, 2, (scheme.num_outputs, 11, 10, 9))
+    logits = logits.astype(np.float32)
+    found = geometry.orient(restore_label_map(logits, geometry, scheme))
+    np.testing.assert_array_equal(found, scheme.decode(logits))
+    assert found.dtype == scheme.decode(logits).dtype
+
+
 def test_restoring_takes_read_only_half_precision_and_bfloat16():
     label = blobs((9, 10, 11))
     volume = Volume(np.ones((1, 9, 10, 11), np.float32), affine_of("LPS", (1, 1, 1)))

@@ -220,10 +220,15 @@ def _as_tensor(logits: Array | torch.Tensor) -> torch.Tensor:
 
 
 def _decode(piece: torch.Tensor, scheme: LabelScheme) -> Array:
+    """Decode as the scheme does, where the logits are: labels are less to copy."""
     if scheme.is_region_based:
-        return scheme.decode(piece.cpu().numpy())
-    values = np.asarray(scheme.class_values)
-    return values[piece.argmax(dim=0).cpu().numpy()]  # numpy's argmax is 10 x slower
+        labels = torch.zeros(piece.shape[1:], dtype=torch.int16, device=piece.device)
+        for channel, value in zip(piece, scheme.regions_order, strict=True):
+            labels.masked_fill_(channel > 0, value)
+        return labels.cpu().numpy()
+    values = torch.tensor(scheme.class_values, dtype=torch.int16, device=piece.device)
+    # On CPUs argmax, torch's and numpy's, takes 5 to 10 times as long.
+    return values[piece.max(dim=0).indices].cpu().numpy()
 
 
 def _outside_probabilities(

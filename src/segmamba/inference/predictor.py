@@ -38,6 +38,7 @@ from segmamba.inference.postprocessing import (
     apply_postprocessing,
 )
 from segmamba.inference.prediction import Prediction
+from segmamba.inference.replay import Replays
 from segmamba.inference.sliding_window import Progress, sliding_window_logits
 from segmamba.io import Volume, read_case
 from segmamba.ops.backends import warn_if_slow
@@ -47,7 +48,7 @@ Scan: TypeAlias = "Volume | str | Path | Sequence[str | Path] | Array | torch.Te
 """A volume; a file; one file per channel; or voxels (C, I, J, K) or (I, J, K)."""
 
 GPU_SHARE = 0.5
-"""Share of a GPU's free memory that the sums of the logits may take."""
+"""Share of a GPU's free memory that image and sums of the logits may take."""
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Predictor:
         self.precision: Precision = precision_for(self.device, precision)
         group = [networks] if callable(networks) else list(networks)
         self.networks = [self._ready(network) for network in group]
+        self._replays = Replays()
         self.plan, self.channels, self.scheme = plan, tuple(channels), scheme
         self.overlap, self.batch_size = overlap, batch_size
         self.mirror_axes = _mirror_axes(mirror)
@@ -232,10 +234,12 @@ class Predictor:
     ) -> torch.Tensor:
         target = self._accumulate_on(image)
         try:
-            return self._windows(image, target, case, progress)
+            # An image beside the sums spares a copy for each window.
+            return self._windows(image.to(target), target, case, progress)
         except torch.OutOfMemoryError:
             if target.type == "cpu":
                 raise
+            self._replays.forget()
             torch.cuda.empty_cache()
             return self._windows(image, torch.device("cpu"), case, progress)
 
@@ -268,7 +272,7 @@ class Predictor:
     ) -> torch.Tensor:
         with _evaluating(self.networks):
             return sliding_window_logits(
-                self.networks,
+                [self._replays.launcher(item, self.device) for item in self.networks],
                 image,
                 self.plan.patch_size,
                 overlap=self.overlap,
@@ -289,6 +293,7 @@ class Predictor:
             return self.device
         voxels = math.prod(image.shape[1:])
         wanted = self.scheme.num_outputs * voxels * self.accumulate_dtype.itemsize
+        wanted += image.nbytes
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if wanted < GPU_SHARE * free else torch.device("cpu")
 

@@ -83,7 +83,7 @@ def sliding_window_logits(
     device = torch.device(device)
     chosen = precision_for(device, precision)
     run = _Run(group, _combinations(mirror_axes), device, chosen, case)
-    grids = [_Axis.make(n, p, overlap, gaussian) for n, p in axes]
+    grids = [_Axis.make(n, p, overlap, gaussian, device) for n, p in axes]
     target = torch.device(accumulate_device or device)
     sums = _Sums(grids, image.shape[1:], target, accumulate_dtype)
     windows = list(itertools.product(*(range(len(grid.starts)) for grid in grids)))
@@ -182,7 +182,9 @@ class _Axis:
         return slice(self.before, self.before + self.length)
 
     @classmethod
-    def make(cls, size: int, patch: int, overlap: float, gaussian: bool) -> _Axis:
+    def make(
+        cls, size: int, patch: int, overlap: float, gaussian: bool, device: torch.device
+    ) -> _Axis:
         starts = window_starts(size, patch, overlap)
         length, missing = min(size, patch), max(patch - size, 0)
         weights = gaussian_weights(patch) if gaussian else torch.ones(patch)
@@ -190,7 +192,8 @@ class _Axis:
         sums = torch.zeros(size)
         for start in starts:
             sums[start : start + length] += weights
-        shares = tuple(weights / sums[start : start + length] for start in starts)
+        shares = [weights / sums[start : start + length] for start in starts]
+        shares = tuple(share.to(device) for share in shares)  # a GPU waits for copies
         return cls(starts, length, missing // 2, missing - missing // 2, shares)
 
 
@@ -224,7 +227,7 @@ class _Sums:
         self, total: torch.Tensor, window: tuple[int, ...], part: torch.Tensor
     ) -> None:
         pairs = list(zip(self.grids, window, strict=True))
-        d, h, w = (grid.shares[i].to(part.device) for grid, i in pairs)
+        d, h, w = (grid.shares[i] for grid, i in pairs)
         part = part[(slice(None), *(grid.inner for grid in self.grids))]
         weighted = part * (d[:, None, None] * h[:, None] * w)
         spans = [slice(g.starts[i], g.starts[i] + g.length) for g, i in pairs]
