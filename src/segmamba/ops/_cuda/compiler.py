@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import re
 import struct
 import sys
 import threading
@@ -22,6 +23,7 @@ FOLDER = Path(__file__).parent
 """Where the kernels' sources are."""
 
 _HEADER = "common.cuh"
+_INCLUDE = re.compile(r'#include "([\w.]+)"')
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -131,12 +133,24 @@ def _code(argument: Tensor | int | float | None) -> str:
 
 
 def source(file: str) -> str:
-    """Text that is compiled for a file."""
-    texts = ((FOLDER / name).read_text(encoding="utf-8") for name in (_HEADER, file))
-    return "".join(
-        f'#line 1 "{name}"\n{text}'
-        for name, text in zip((_HEADER, file), texts, strict=True)
-    )
+    """Text that is compiled for a file: what it includes, put in its place.
+
+    Args:
+        file: A file of this folder. It needn't include the header that all share.
+    """
+    return _text(_HEADER) + _text(file)
+
+
+def _text(file: str) -> str:
+    lines = (FOLDER / file).read_text(encoding="utf-8").splitlines()
+    parts = [f'#line 1 "{file}"']
+    for number, line in enumerate(lines, 1):
+        found = _INCLUDE.fullmatch(line)
+        if found:
+            parts += [_text(found[1]), f'#line {number + 1} "{file}"']
+        else:
+            parts.append(line)
+    return "\n".join(parts) + "\n"
 
 
 def compiled(file: str, options: tuple[str, ...]) -> bytes:
