@@ -16,7 +16,7 @@ Four independent chains of arithmetic keep the processor's units busy.
 """
 
 GPU_STATES = 16
-"""States that Triton's kernels take a multiple of."""
+"""States that the CUDA kernels handle at once."""
 
 ROWS = 8
 """Rows, or columns, that a small matrix product handles at once."""

@@ -18,7 +18,7 @@ from segmamba.ops._layout import LANES, STATES, kept_shape
 
 
 def _operators(method: str) -> Any:
-    """The module of operators of "numba" or "triton"."""
+    """The module of operators of "numba" or "cuda"."""
     return importlib.import_module(f"segmamba.ops._{method}.operators")
 
 
@@ -31,7 +31,7 @@ def scan_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan rows; arguments and results as `scan_reference`.
 
-    `method` is "chunked", "numba" or "triton"; `keep` keeps the states that the last
+    `method` is "chunked", "numba" or "cuda"; `keep` keeps the states that the last
     two need for their backward, as a third result.
     """
     if method != "chunked":
@@ -46,7 +46,7 @@ def _(u, dt, A, B, C, method, keep):
         groups, states = B.shape[2:]
         channels = groups * (-(-(u.shape[2] // groups) // LANES)) * LANES
         kept = kept_shape(*u.shape[:2], channels, -(-states // STATES) * STATES)
-    elif method == "triton" and keep:
+    elif method == "cuda" and keep:
         kept = _operators(method).scan_kept_shape(u, A, B)
     return (
         u.new_empty(u.shape),
@@ -213,7 +213,7 @@ def _tri_gradients(ctx, grad, grad_y, grad_kept):
 
 tri_scan.register_autograd(_tri_gradients, setup_context=_tri_context)
 
-# --- the tri-orientated scan, by Triton -----------------------------------------------
+# --- the tri-orientated scan, by CUDA -------------------------------------------------
 
 
 @torch.library.custom_op("segmamba::tri_scan_gpu", mutates_args=())
@@ -224,10 +224,10 @@ def tri_scan_gpu(
     reverses: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan tokens in several orders, sum and gate; see `_triton.operators.tri_scan`."""
+    """Scan tokens in several orders, sum and gate; see `_cuda.operators.tri_scan`."""
     orders = tuple(_orders(strides, reverses))
     with torch.autocast(xz.device.type, enabled=False):
-        return _operators("triton").tri_scan(xz, parameters, orders, keep)
+        return _operators("cuda").tri_scan(xz, parameters, orders, keep)
 
 
 @tri_scan_gpu.register_fake
@@ -236,8 +236,7 @@ def _(xz, parameters, strides, reverses, keep):
     out = xz.new_empty(batch, length, width // 2)
     if not keep:
         return out, xz.new_empty(0), xz.new_empty(0)
-    states = parameters[5].shape[1]
-    kept = _operators("triton").tri_kept_shape(xz, states, len(strides))
+    kept = _operators("cuda").tri_kept_shape(xz, len(strides))
     return out, torch.empty_like(out), xz.new_empty(kept, dtype=torch.float32)
 
 
@@ -253,7 +252,7 @@ def tri_scan_gpu_backward(
 ) -> list[Tensor]:
     """Gradients of `tri_scan_gpu` for xz and the parameters, stacked by kind."""
     orders = tuple(_orders(strides, reverses))
-    backward = _operators("triton").tri_scan_backward
+    backward = _operators("cuda").tri_scan_backward
     with torch.autocast(xz.device.type, enabled=False):
         return backward(grad, xz, total, kept, parameters, orders)
 

@@ -45,7 +45,7 @@ def selective_scan(
         delta_bias: Added to delta, (D).
         delta_softplus: Put softplus on delta + delta_bias (linear above 20).
         return_last_state: Also return the state after the last step.
-        backend: "auto", "reference", "chunked", "numba" or "triton".
+        backend: "auto", "reference", "chunked", "numba" or "cuda".
 
     Returns:
         (batch, D, L) in u's type; with `return_last_state` also (batch, D, N).

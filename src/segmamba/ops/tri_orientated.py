@@ -55,7 +55,7 @@ def tri_orientated_scan(
         D: K tensors (E).
         orders: K pairs (stride S, reverse). Position t of a scan holds token
             (t mod S) * (L / S) + t // S; with reverse, the one of position L - 1 - t.
-        backend: "auto", "reference", "chunked", "numba" or "triton".
+        backend: "auto", "reference", "chunked", "numba" or "cuda".
 
     Returns:
         (batch, L, E) in xz's type, rows in token order.
@@ -86,7 +86,7 @@ def tri_orientated_scan(
     method = resolve_backend(backend, device=xz.device, dtype=work, numba_limit=limit)
     with torch.autocast(xz.device.type, enabled=False):
         directions = list(zip(*parameters, strict=True))
-        if method == "triton":
+        if method == "cuda" and A_log[0].shape[1] <= GPU_STATES:
             return _scan_fused(xz, directions, orders, method)
         if method == "numba":
             return _scan_fused(xz.to(work), directions, orders, method).to(xz.dtype)
@@ -123,7 +123,7 @@ def _scan_fused(
         xz = pad_rows(xz, 2)
     operator, pad = {
         "numba": (tri_scan, _pad_direction),
-        "triton": (tri_scan_gpu, _pad_for_gpu),
+        "cuda": (tri_scan_gpu, _pad_for_gpu),
     }[method]
     parameters = [p for direction in directions for p in pad(direction)]
     out, _, _ = operator(
@@ -137,7 +137,7 @@ def _scan_fused(
 
 
 def _pad_for_gpu(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Bring a direction's parameters to what the Triton kernels take.
+    """Bring a direction's parameters to what the CUDA kernels take.
 
     Channels that are added have u = 0, states that are added have B = C = 0. The
     convolution's weight becomes (E, W).

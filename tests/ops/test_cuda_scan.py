@@ -1,9 +1,4 @@
-"""The scan's Triton kernels against float64.
-
-`test_triton_scan.py` runs this file in a process of its own, in Triton's interpreter
-and, where there is one, on a GPU. The interpreter takes about a second for a chunk of
-16 steps, so chunks have 4 steps there and shapes are small.
-"""
+"""The scan's CUDA kernels against float64: on a GPU, or emulated on CPUs."""
 
 from __future__ import annotations
 
@@ -13,25 +8,25 @@ import torch
 from torch import Tensor
 
 from segmamba.ops import selective_scan, tri_orientated_scan
+from segmamba.ops._cuda import launch, tri_scan
 from segmamba.ops._primitives import scan_rows, tri_scan_gpu
-from segmamba.ops._triton import launch, tri_scan
-from segmamba.ops.backends import triton_is_interpreted
 
-INTERPRETED = triton_is_interpreted()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_gpu = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="too long for the emulator"
+)
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of the largest value; for half types what rounding u, the code and y costs."""
 
-STEPS = launch.chunk_steps
 REVERSED, STRIDED = (1, True), (3, False)
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture(autouse=True)
-def _short_chunks(monkeypatch):
-    if INTERPRETED:
-        monkeypatch.setattr(launch, "chunk_steps", lambda *_: 4)
+def _on_the_kernels_device(cuda_device):
+    assert cuda_device.type == DEVICE.type
 
 
 def compare(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
@@ -81,15 +76,16 @@ def run_scan(inputs: dict[str, Tensor], backend: str, dtype=None) -> list[Tensor
 def check_scan(*shape: int, dtype: torch.dtype = torch.float32) -> None:
     inputs = scan_inputs(*shape, dtype)
     wanted = run_scan(inputs, "reference", torch.float64)
-    compare(run_scan(inputs, "triton"), wanted, TOLERANCE[dtype])
+    compare(run_scan(inputs, "cuda"), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
     "shape",
     [
         (1, 6, 3, 1, 2),  # one step; channels and states padded
-        (3, 40, 16, 1, 1),  # two blocks of channels, the last one half full
-        (9, 6, 17, 2, 1),  # three chunks; groups; states padded to 32
+        (17, 40, 16, 1, 1),  # two chunks; two warps of channels, the last half full
+        (35, 6, 17, 2, 1),  # three chunks; groups; two slices of states
+        (5, 152, 16, 1, 1),  # blocks that share B and C
     ],
     ids=str,
 )
@@ -154,7 +150,7 @@ def run_tri(xz, parameters, orders, backend, dtype=None) -> list[Tensor]:
 def check_tri(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
     xz, parameters = tri_inputs(length, *sizes, len(orders), batch)
     xz = xz.to(dtype)
-    found = run_tri(xz, parameters, orders, "triton")
+    found = run_tri(xz, parameters, orders, "cuda")
     assert found[0].dtype == dtype
     wanted = run_tri(xz, parameters, orders, "reference", torch.float64)
     compare(found, wanted, TOLERANCE[dtype])
@@ -164,8 +160,10 @@ def check_tri(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
     ("length", "sizes", "orders", "batch"),
     [
         (1, (6, 3, 1), ((1, False), REVERSED), 1),
-        (6, (16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
-        (3, (8, 17, 2), (REVERSED,), 2),
+        (36, (16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
+        (18, (8, 17, 2), (REVERSED,), 2),
+        (21, (96, 16, 3), (STRIDED,), 2),
+        (18, (160, 16, 5), (REVERSED,), 1),
     ],
     ids=str,
 )
@@ -182,7 +180,7 @@ def test_tri_is_the_formula(loops, poison):
     xz, parameters = tri_inputs(6, 6, 3, 2, 2, batch=2, taps=3)
     orders = (REVERSED, STRIDED)
     with torch.no_grad():
-        out = tri_orientated_scan(xz, *parameters, orders=orders, backend="triton")
+        out = tri_orientated_scan(xz, *parameters, orders=orders, backend="cuda")
     arrays = [[p.double().cpu().numpy() for p in kind] for kind in parameters]
     wanted = loops.tri_scan(xz.double().cpu().numpy(), arrays, orders)
     compare([out.cpu()], [torch.tensor(wanted)], TOLERANCE[torch.float32])
@@ -197,10 +195,18 @@ def test_tri_of_any_length(length, sizes, dtype, poison):
     check_tri(length, sizes, ((1, False), REVERSED, (stride, False)), 2, dtype)
 
 
-def test_programs_take_several_chunks_and_blocks_of_channels(monkeypatch, poison):
+def test_blocks_take_several_chunks(monkeypatch, poison):
     monkeypatch.setattr(launch, "_RESIDENT", 1)
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
-    check_tri(9, (40, 16, 2), ((3, True),))
+    check_tri(51, (40, 16, 2), ((3, True),))
+
+
+@pytest.mark.parametrize("steps", [32, 64])
+@pytest.mark.parametrize("length", [64, 101])
+def test_long_chunks(steps, length, monkeypatch, poison):
+    """Of several parts, and ending within the first or the second."""
+    monkeypatch.setattr(launch, "chunk_steps", lambda length: steps)
+    check_tri(length, (16, 16, 1), (REVERSED,))
 
 
 def test_tri_takes_long_sequences_in_pieces(monkeypatch, poison):
@@ -208,17 +214,11 @@ def test_tri_takes_long_sequences_in_pieces(monkeypatch, poison):
     check_tri(6, (8, 16, 1), (REVERSED, STRIDED), 2)
 
 
-def test_tri_with_true_chunks(monkeypatch, poison):
-    """Of 16 steps, the second one with a single step, in the interpreter too."""
-    monkeypatch.setattr(launch, "chunk_steps", STEPS)
-    check_tri(17, (8, 16, 1), (REVERSED,))
-
-
 # --- what every operator owes ---------------------------------------------------------
 
 
 def test_same_bits_every_time():
-    arguments = (*tri_inputs(6, 6, 3, 1, 1), (STRIDED,), "triton")
+    arguments = (*tri_inputs(6, 6, 3, 1, 1), (STRIDED,), "cuda")
     first, second = run_tri(*arguments), run_tri(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -229,7 +229,7 @@ def test_same_bits_every_time_when_long(dtype):
     xz, parameters = tri_inputs(17000, 96, 16, 3, 3, batch=2)
     orders = ((1, False), REVERSED, (17, False))
     first, second = (
-        run_tri(xz.to(dtype), parameters, orders, "triton") for _ in range(2)
+        run_tri(xz.to(dtype), parameters, orders, "cuda") for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -237,7 +237,7 @@ def test_same_bits_every_time_when_long(dtype):
 def test_the_scan_is_registered_well():
     shapes = ((1, 2, 16), (1, 2, 16), (16, 16), (1, 2, 1, 16), (1, 2, 1, 16))
     tensors = [torch.rand(s, device=DEVICE).requires_grad_() for s in shapes]
-    torch.library.opcheck(scan_rows, (*tensors, "triton", True))
+    torch.library.opcheck(scan_rows, (*tensors, "cuda", True))
 
 
 def test_the_tri_orientated_scan_is_registered_well():
@@ -252,7 +252,7 @@ def test_it_compiles_as_one_graph():
     xz, parameters = tri_inputs(2, 6, 3, 1, 1)
 
     def mix(xz: Tensor) -> Tensor:
-        out = tri_orientated_scan(xz, *parameters, orders=(REVERSED,), backend="triton")
+        out = tri_orientated_scan(xz, *parameters, orders=(REVERSED,), backend="cuda")
         return out * 2
 
     compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")

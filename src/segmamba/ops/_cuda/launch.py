@@ -1,0 +1,382 @@
+"""How scans are cut into blocks, and the launches of their kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segmamba.ops._cuda.compiler import Kernel, kernel
+
+LOG2E = math.log2(math.e)
+
+STATES = 16
+"""States N of the kernels."""
+
+_LANES = 32
+"""Channels of a warp."""
+
+_WARPS = (3, 4, 2)
+"""Warps that share B and C, if they divide those that the channels need."""
+
+_PART = 32
+"""Steps of a chunk whose states the gradients' kernel holds in shared memory."""
+
+_RESIDENT = 2
+"""Blocks of the gradients' kernel that a multiprocessor shall hold."""
+
+_SEGMENTS = 16
+"""Parts of a sequence that are carried at once."""
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def ceil_divide(count: int, size: int) -> int:
+    """How many parts of a size cover a count."""
+    return -(-count // size)
+
+
+def kind_of(tensor: Tensor) -> int:
+    """The number by which the kernels' sources know a tensor's type."""
+    return _KINDS[tensor.dtype]
+
+
+def chunk_steps(length: int) -> int:
+    """Steps of a chunk: long sequences have long ones, short ones enough of them.
+
+    Args:
+        length: Steps of the sequence.
+
+    Returns:
+        16, 32 or 64.
+    """
+    return 64 if length >= 16384 else 32 if length >= 2048 else 16
+
+
+def kept_shape(rows: int, length: int, channels: int) -> tuple[int, ...]:
+    """Shape of what `run_forward` keeps for `run_backward`.
+
+    Args:
+        rows: Sequences.
+        length: Steps of each.
+        channels: Channels E.
+
+    Returns:
+        (rows, chunks + 1, N + 1, E): the state at each chunk's start, the last one
+        behind them; in the row behind the states of slot i + 1, chunk i's sum of step
+        sizes.
+    """
+    chunks = ceil_divide(length, chunk_steps(length))
+    return rows, chunks + 1, STATES + 1, channels
+
+
+@functools.lru_cache(maxsize=256)
+def order_table(orders: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
+    """Strides and directions as kernels read them: (K, 2) int32 on the device."""
+    rows = [[stride, int(reverse)] for stride, reverse in orders]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Inputs of a scan of rows of sequences, in the kernels' form.
+
+    Attributes:
+        u: (K * batch, L, E), by position.
+        code: Code of the step sizes, last axis of rows, or step sizes (.., L, E).
+        B: (.., L, G * N), last axis contiguous.
+        C: (.., L, G * N), last axis contiguous.
+        rates: A / ln 2, (K, N, E), float32.
+        weight: (K, rank, E), float32; None where `code` has step sizes.
+        bias: (K, E), float32; None likewise.
+        skip: D, (K, E), float32.
+        orders: Stride and direction of each of K directions.
+        groups: Groups of channels with a B and C of their own.
+    """
+
+    u: Tensor
+    code: Tensor
+    B: Tensor
+    C: Tensor
+    rates: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    skip: Tensor
+    orders: tuple[tuple[int, bool], ...]
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.u.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.u.shape[2]
+
+    @property
+    def batch(self) -> int:
+        return self.rows // len(self.orders)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.weight is None else self.weight.shape[1]
+
+    @property
+    def steps(self) -> int:
+        return chunk_steps(self.length)
+
+    @property
+    def chunks(self) -> int:
+        return ceil_divide(self.length, self.steps)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        needed = ceil_divide(self.channels // self.groups, _LANES)
+        return next((n for n in _WARPS if needed % n == 0), 1)
+
+    @property
+    def parts(self) -> int:
+        """Blocks that share a group's B and C."""
+        return ceil_divide(self.channels // self.groups, _LANES * self.warps)
+
+    @property
+    def table(self) -> Tensor:
+        return order_table(self.orders, self.u.device)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers that every kernel takes: L, E, channels of a group, batch, chunks."""
+        group = self.channels // self.groups
+        return self.length, self.channels, group, self.batch, self.chunks
+
+    def kernel(self, file: str, name: str, **constants: int) -> Kernel:
+        """Give a kernel for the scan's types and sizes."""
+        if self.weight is None:
+            constants["GIVEN"] = 1
+        return kernel(
+            file,
+            name,
+            self.u.device,
+            KIND=kind_of(self.u),
+            CHUNK=self.steps,
+            WARPS=self.warps,
+            **constants,
+        )
+
+    def code_bytes(self, rows: int) -> int:
+        """Shared memory for the code of some rows."""
+        return 4 * self.rank * rows
+
+    def new_slots(self) -> Tensor:
+        """Memory for states and sums of step sizes; see `kept_shape`."""
+        return self.rates.new_empty(kept_shape(self.rows, self.length, self.channels))
+
+
+def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> None:
+    """Scan all rows.
+
+    Args:
+        scan: The inputs.
+        y: Written: (rows, L, E) by token.
+        kept: Written: states and sums of step sizes; see `kept_shape`.
+        add: Add to y instead.
+    """
+    grid = (scan.chunks, scan.groups * scan.parts, scan.rows)
+    threads, shared = _LANES * scan.warps, scan.code_bytes(scan.steps)
+    parameters = (scan.rates, scan.weight, scan.bias)
+    strides = (scan.code.stride(-2), scan.B.stride(-2))
+    scan.kernel("scan.cu", "scan_chunks", SEGMENTS=_SEGMENTS)(
+        grid,
+        threads,
+        scan.u,
+        scan.code,
+        scan.B,
+        *parameters,
+        kept,
+        *scan.sizes,
+        scan.rank,
+        *strides,
+        shared=shared,
+    )
+    _carry(scan, kept, kept, back=False, first=False)
+    scan.kernel("scan.cu", "scan_outputs", SEGMENTS=_SEGMENTS)(
+        grid,
+        threads,
+        scan.u,
+        scan.code,
+        scan.B,
+        scan.C,
+        *parameters,
+        scan.skip,
+        scan.table,
+        kept,
+        y,
+        *scan.sizes,
+        scan.rank,
+        *strides,
+        scan.C.stride(-2),
+        int(add),
+        shared=shared,
+    )
+
+
+def _carry(
+    scan: Scan, states: Tensor, kept: Tensor, *, back: bool, first: bool
+) -> None:
+    scan.kernel("scan.cu", "carry_states", SEGMENTS=_SEGMENTS)(
+        (ceil_divide(scan.channels, _LANES), STATES, scan.rows),
+        _LANES * _SEGMENTS,
+        states,
+        kept,
+        scan.rates,
+        scan.channels,
+        scan.batch,
+        scan.chunks,
+        int(back),
+        int(first),
+    )
+
+
+@dataclass(frozen=True)
+class ScanGradients:
+    """What `run_backward` gives besides gradients of u.
+
+    Attributes:
+        rows: (rows, L, E + 2 G N): of step sizes before softplus, or of given ones;
+            of B, of C, summed over channels.
+        A: (K, N, E), float32: of A itself.
+        D: (K, E), float32.
+        bias: (K, E), float32: of the step sizes' bias.
+    """
+
+    rows: Tensor
+    A: Tensor
+    D: Tensor
+    bias: Tensor
+
+
+def run_backward(
+    scan: Scan,
+    kept: Tensor,
+    grad_y: Tensor,
+    grad_u: Tensor,
+    grad_last: Tensor | None = None,
+) -> ScanGradients:
+    """Differentiate `run_forward`.
+
+    Args:
+        scan: The inputs.
+        kept: As `run_forward` wrote it.
+        grad_y: (rows or batch, L, E) by token; with batch rows, all directions' sum
+            has this gradient.
+        grad_u: Written: (rows, L, E), by position.
+        grad_last: Of the last states, (rows, N, E); None for zero.
+
+    Returns:
+        The other gradients.
+    """
+    adjoints = scan.new_slots()
+    if grad_last is not None:
+        adjoints[:, scan.chunks - 1, :-1] = grad_last
+    scan.kernel("scan_backward.cu", "adjoint_chunks", **_kept_blocks(scan))(
+        (scan.chunks - 1, scan.groups * scan.parts, scan.rows),
+        _LANES * scan.warps,
+        grad_y,
+        scan.code,
+        scan.C,
+        scan.rates,
+        scan.weight,
+        scan.bias,
+        scan.table,
+        adjoints,
+        *scan.sizes,
+        grad_y.shape[0],
+        scan.rank,
+        scan.code.stride(-2),
+        scan.C.stride(-2),
+        shared=scan.code_bytes(scan.steps),
+    )
+    _carry(scan, adjoints, kept, back=True, first=grad_last is not None)
+    return _gradients(scan, kept, adjoints, grad_y, grad_u)
+
+
+def _kept_blocks(scan: Scan) -> dict[str, int]:
+    split = {"SPLIT": 1} if scan.parts > 1 else {}
+    return {"RESIDENT": _RESIDENT, **split}
+
+
+def _gradients(
+    scan: Scan, kept: Tensor, adjoints: Tensor, grad_y: Tensor, grad_u: Tensor
+) -> ScanGradients:
+    blocks, shared = _blocks(scan), scan.groups * STATES
+    width = scan.channels + 2 * shared
+    rows = grad_u.new_empty(scan.rows, scan.length, width)
+    of_states = rows[..., scan.channels :]
+    if scan.parts > 1:
+        shape = (scan.parts, scan.rows, scan.length, 2 * shared)
+        of_states = scan.rates.new_empty(shape)
+    sums = scan.rates.new_empty(blocks, scan.rows, STATES + 2, scan.channels)
+    scan.kernel("scan_backward.cu", "scan_gradients", **_kept_blocks(scan))(
+        (blocks, scan.groups * scan.parts, scan.rows),
+        _LANES * scan.warps,
+        grad_y,
+        scan.u,
+        scan.code,
+        scan.B,
+        scan.C,
+        scan.rates,
+        scan.weight,
+        scan.bias,
+        scan.skip,
+        scan.table,
+        kept,
+        adjoints,
+        grad_u,
+        rows,
+        of_states,
+        sums,
+        *scan.sizes,
+        grad_y.shape[0],
+        scan.rank,
+        scan.code.stride(-2),
+        scan.B.stride(-2),
+        scan.C.stride(-2),
+        width,
+        of_states.stride(-2),
+        shared,
+        shared=_shared_bytes(scan),
+    )
+    if scan.parts > 1:
+        rows[..., scan.channels :] = of_states.sum(0)
+    total = sums.view(blocks, len(scan.orders), scan.batch, STATES + 2, -1).sum((0, 2))
+    return ScanGradients(rows, total[:, :-2], total[:, -2], total[:, -1])
+
+
+def _blocks(scan: Scan) -> int:
+    """Blocks along the chunks: as many as are at work at once, each with the like."""
+    others = scan.groups * scan.parts * scan.rows
+    room = max(1, _RESIDENT * _multiprocessors(scan.u.device) // others)
+    return ceil_divide(scan.chunks, ceil_divide(scan.chunks, room))
+
+
+def _shared_bytes(scan: Scan) -> int:
+    """Size of the gradients' kernel's shared memory: struct Shared, and the code."""
+    part = min(_PART, scan.steps)
+    warp = part * _LANES * (4 + scan.u.element_size()) + part // 4 * 16 * _LANES * 4
+    block = part * (2 * STATES * 4 + 4) + scan.warps * 2 * 4 * _LANES * 4
+    return block + scan.warps * warp + scan.code_bytes(part)

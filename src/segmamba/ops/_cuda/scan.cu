@@ -1,0 +1,142 @@
+// The scan's forward: chunks from a zero state, the carry, the outputs.
+
+#include "scan.cuh"
+
+// Each chunk's last state from a zero one, and its sum of step sizes. Both go to slot
+// chunk + 1, where the carry wants them.
+extern "C" __global__ void __launch_bounds__(THREADS)
+scan_chunks(const element *u, const element *code, const element *b, const float *a,
+            const float *weight, const float *bias, float *kept, int L, int E,
+            int per_group, int batch, int chunks, int rank, int code_stride,
+            int b_stride) {
+    __shared__ __align__(16) float B[CHUNK * STATES];
+    extern __shared__ __align__(16) float code_s[];
+    Place p = place_of(blockIdx.x, L, per_group, batch, E);
+    u += p.base * E, code += p.base * code_stride;
+    b += p.base * b_stride + p.group * STATES;
+    stage_states(B, STATES, b, b_stride, p.count, CHUNK);
+    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    float rate[STATES], state[STATES], total = 0.0f;
+    load_rates(rate, a, p, E);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) state[n] = 0.0f;
+    __syncthreads();
+    for (int t0 = 0; t0 < CHUNK; t0 += STEPS) {
+        float dt[STEPS], x[STEPS];
+        column<STEPS>(x, u, p, t0, E, p.count);
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
+                          p.count);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            float Bt[STATES], drive = dt[i] * x[i];
+            load16(B + (t0 + i) * STATES, Bt);
+            total += dt[i];
+#pragma unroll
+            for (int n = 0; n < STATES; n++) {
+                state[n] = state[n] * exp2_fast(rate[n] * dt[i]) + drive * Bt[n];
+            }
+        }
+    }
+    if (!p.valid) return;
+    kept += slot_of(p, p.chunk + 1, chunks, E) + p.channel;
+#pragma unroll
+    for (int n = 0; n < STATES; n++) kept[(long long)n * E] = state[n];
+    kept[(long long)STATES * E] = total;
+    // the first slot has no chunk before it
+    if (p.chunk == 0) kept[-(long long)E] = 0.0f;
+}
+
+// Carry states over the chunks, in place.
+//
+// Forward, slot i + 1 holds what chunk i adds, and slot i becomes the state that chunk i
+// starts from. back: slot i - 1 holds what chunk i adds to the adjoint, and slot i becomes
+// the adjoint that chunk i ends with. first: the first slot holds a value to start from,
+// otherwise it counts as zero. A thread does a segment of the chunks for one channel.
+extern "C" __global__ void carry_states(float *states, const float *kept, const float *a,
+                                        int E, int batch, int chunks, int back,
+                                        int first) {
+    __shared__ float decays[SEGMENTS][32], values[SEGMENTS][32];
+    int lane = threadIdx.x % 32, segment = threadIdx.x / 32;
+    int channel = blockIdx.x * 32 + lane, n = blockIdx.y, row = blockIdx.z;
+    bool valid = channel < E;
+    channel = valid ? channel : 0;
+    float rate = a[((long long)(row / batch) * STATES + n) * E + channel];
+    int count = chunks + 1 - back, each = (count + SEGMENTS - 1) / SEGMENTS;
+    int begin = min(segment * each, count), end = min(begin + each, count);
+    long long step = (long long)(STATES + 1) * E;
+    long long base = (long long)row * (chunks + 1) * step + channel;
+    if (back) base += (chunks - 1) * step, step = -step;
+    float *state = states + base + (long long)n * E;
+    const float *sum = kept + base + (long long)STATES * E + 2 * back * (long long)(STATES + 1) * E;
+    float decay = 1.0f, value = 0.0f;
+#pragma unroll 8
+    for (int i = begin; i < end; i++) {
+        float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
+        float v = i > 0 || first ? state[i * step] : 0.0f;
+        value = d * value + v;
+        decay *= d;
+    }
+    decays[segment][lane] = decay;
+    values[segment][lane] = value;
+    __syncthreads();
+    value = 0.0f;
+    for (int s = 0; s < segment; s++) value = decays[s][lane] * value + values[s][lane];
+    if (!valid) return;
+#pragma unroll 8
+    for (int i = begin; i < end; i++) {
+        float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
+        float v = i > 0 || first ? state[i * step] : 0.0f;
+        value = d * value + v;
+        state[i * step] = value;
+    }
+}
+
+// Each chunk from its true first state; y by token, written or added to.
+extern "C" __global__ void __launch_bounds__(THREADS)
+scan_outputs(const element *u, const element *code, const element *b, const element *c,
+             const float *a, const float *weight, const float *bias, const float *skip,
+             const int *orders, const float *kept, element *y, int L, int E,
+             int per_group, int batch, int chunks, int rank, int code_stride,
+             int b_stride, int c_stride, int add) {
+    __shared__ __align__(16) float BC[CHUNK * 2 * STATES];
+    __shared__ int tokens[CHUNK];
+    extern __shared__ __align__(16) float code_s[];
+    Place p = place_of(blockIdx.x, L, per_group, batch, E);
+    u += p.base * E, code += p.base * code_stride;
+    b += p.base * b_stride + p.group * STATES;
+    c += p.base * c_stride + p.group * STATES;
+    y += (long long)p.row * L * E + p.channel;
+    stage_states(BC, 2 * STATES, b, b_stride, p.count, CHUNK);
+    stage_states(BC + STATES, 2 * STATES, c, c_stride, p.count, CHUNK);
+    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, CHUNK);
+    float rate[STATES], state[STATES];
+    load_rates(rate, a, p, E);
+    float D = skip[p.direction * E + p.channel];
+    kept += slot_of(p, p.chunk, chunks, E) + p.channel;
+#pragma unroll
+    for (int n = 0; n < STATES; n++) state[n] = kept[(long long)n * E];
+    __syncthreads();
+    for (int t0 = 0; t0 < p.count; t0 += STEPS) {
+        float dt[STEPS], x[STEPS];
+        column<STEPS>(x, u, p, t0, E, p.count);
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
+                          p.count);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            float Bt[STATES], Ct[STATES], drive = dt[i] * x[i], sums[4] = {D * x[i], 0, 0, 0};
+            load16(BC + (t0 + i) * 2 * STATES, Bt);
+            load16(BC + (t0 + i) * 2 * STATES + STATES, Ct);
+#pragma unroll
+            for (int n = 0; n < STATES; n++) {
+                state[n] = state[n] * exp2_fast(rate[n] * dt[i]) + drive * Bt[n];
+                sums[n % 4] += state[n] * Ct[n];
+            }
+            if (!p.valid || t0 + i >= p.count) continue;
+            float out = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            element *target = y + (long long)tokens[t0 + i] * E;
+            if (add) out += to_float(*target);
+            *target = from_float(out);
+        }
+    }
+}

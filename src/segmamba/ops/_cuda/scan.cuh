@@ -1,0 +1,126 @@
+// What the scan's kernels share.
+//
+// A block does CHUNK steps of a row of sequences (direction times batch) for WARPS groups of
+// 32 channels. Rows of u, of the step sizes' code and of B and C are by position; rows of
+// y and of its gradient by token. Constants: KIND, CHUNK, WARPS, and GIVEN where step sizes
+// come ready instead of as a code.
+
+#define STATES 16
+#define THREADS (32 * WARPS)
+#define STEPS 8  // that are loaded at a time
+
+// What a block works on.
+struct Place {
+    int lane, warp, chunk, row, direction, group, channel, count;
+    bool valid;       // the channel exists
+    long long base;   // first row
+};
+
+INLINE Place place_of(int chunk, int L, int per_group, int batch, int E) {
+    Place p;
+    int parts = (per_group + THREADS - 1) / THREADS;
+    p.lane = threadIdx.x % 32;
+    p.warp = threadIdx.x / 32;
+    p.chunk = chunk;
+    p.row = blockIdx.z;
+    p.direction = p.row / batch;
+    p.group = blockIdx.y / parts;
+    int inside = blockIdx.y % parts * THREADS + threadIdx.x;
+    p.valid = inside < per_group;
+    p.channel = p.group * per_group + (p.valid ? inside : 0);
+    p.count = min(CHUNK, L - chunk * CHUNK);
+    p.base = (long long)p.row * L + chunk * CHUNK;
+    return p;
+}
+
+// States' rows (count, 16 neighbours) of a tensor into shared memory, zero behind them.
+INLINE void stage_states(float *to, int width, const element *from, int stride,
+                         int count, int rows) {
+    for (int i = threadIdx.x; i < rows * (STATES / 4); i += THREADS) {
+        int t = i / (STATES / 4), n = i % (STATES / 4) * 4;
+        float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (t < count) load4(from + (long long)t * stride + n, four);
+        store4(to + t * width + n, four);
+    }
+}
+
+// The step sizes' code, (rank, rows) in shared memory, zero behind the last row.
+INLINE void stage_code(float *to, const element *from, int stride, int rank, int count,
+                       int rows) {
+    for (int i = threadIdx.x; i < rows * rank; i += THREADS) {
+        int t = i / rank, q = i % rank;
+        bool here = t < count;
+        to[q * rows + t] = here ? to_float(from[(long long)t * stride + q]) : 0.0f;
+    }
+}
+
+// Tokens of the first `rows` positions of a chunk; positions behind the last give one
+// that exists.
+INLINE void stage_tokens(int *to, const int *orders, int direction, int first, int L,
+                         int rows) {
+    int stride = orders[2 * direction], reverse = orders[2 * direction + 1];
+    for (int t = threadIdx.x; t < rows; t += THREADS) {
+        int position = min(first + t, L - 1);
+        if (reverse) position = L - 1 - position;
+        to[t] = position % stride * (L / stride) + position / stride;
+    }
+}
+
+// Step sizes of a channel at COUNT steps from t0 on; zero behind the chunk's end.
+template <int COUNT>
+INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows, int t0,
+                       const element *code, int code_stride, const float *weight,
+                       const float *bias, int rank, int E, int count) {
+#ifdef GIVEN
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        bool here = p.valid && t0 + i < count;
+        dt[i] = here ? to_float(code[(long long)(t0 + i) * code_stride + p.channel])
+                     : 0.0f;
+    }
+#else
+    float offset = bias[p.direction * E + p.channel];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) dt[i] = offset;
+    for (int q = 0; q < rank; q++) {
+        float w = weight[((long long)p.direction * rank + q) * E + p.channel];
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            float four[4];
+            load4(code_s + q * rows + t0 + i, four);
+#pragma unroll
+            for (int j = 0; j < 4; j++) dt[i + j] += w * four[j];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        dt[i] = p.valid && t0 + i < count ? softplus(dt[i]) : 0.0f;
+    }
+#endif
+}
+
+// COUNT values of a channel in rows from t0 on; zero behind the chunk's end.
+template <int COUNT>
+INLINE void column(float *values, const element *from, const Place &p, int t0, int E,
+                   int count) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        bool here = p.valid && t0 + i < count;
+        values[i] = here ? to_float(from[(long long)(t0 + i) * E + p.channel]) : 0.0f;
+    }
+}
+
+INLINE void load_rates(float *rate, const float *a, const Place &p, int E) {
+#pragma unroll
+    for (int n = 0; n < STATES; n++) rate[n] = a[((long long)p.direction * STATES + n) * E + p.channel];
+}
+
+INLINE void load16(const float *from, float *values) {
+#pragma unroll
+    for (int n = 0; n < STATES; n += 4) load4(from + n, values + n);
+}
+
+// Where chunk i's numbers lie in what is kept, (rows, chunks + 1, STATES + 1, E).
+INLINE long long slot_of(const Place &p, int i, int chunks, int E) {
+    return ((long long)p.row * (chunks + 1) + i) * (STATES + 1) * E;
+}
