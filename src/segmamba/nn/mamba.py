@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from segmamba.errors import GeometryError, describe
 from segmamba.nn.blocks import TokenMlp, gated_spatial_convolution
+from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
 from segmamba.ops import tri_orientated_scan
 from segmamba.types import Size3
 
@@ -230,8 +231,8 @@ class MambaLayer(nn.Module):
         """Map (B, C, D, H, W) to the same shape."""
         x = self.gsc(x)
         size = (x.shape[2], x.shape[3], x.shape[4])
-        tokens = x.flatten(2).transpose(1, 2).contiguous()
+        tokens = volume_to_tokens(x)
         tokens = tokens + self.mixer(self.norm(tokens), size)
         if self.mlp is not None and self.mlp_norm is not None:
             tokens = tokens + self.mlp(self.mlp_norm(tokens))
-        return tokens.transpose(1, 2).unflatten(2, size)
+        return tokens_to_volume(tokens, size)

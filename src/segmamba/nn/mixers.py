@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmamba.nn.blocks import FloatOnCpuConvolution
+from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
 from segmamba.types import Size3
 
 WINDOW = 7
@@ -53,8 +54,8 @@ class LargeKernelConvolution(nn.Module):
 
     def forward(self, tokens: Tensor, size: Size3) -> Tensor:
         """Mix tokens (B, L, C) of a map of (D, H, W) = `size`."""
-        x = tokens.transpose(1, 2).unflatten(2, size)
-        return self.out_proj(self.conv(x).flatten(2).transpose(1, 2))
+        x = self.conv(tokens_to_volume(tokens, size))
+        return self.out_proj(volume_to_tokens(x))
 
 
 class SelfAttention(nn.Module):

@@ -19,6 +19,11 @@ from segmamba.nn.blocks import (
     gated_spatial_convolution,
 )
 from segmamba.nn.framing import crop_levels, image_size, pad_to_size, padded_size
+from segmamba.nn.layout import (
+    arrange_kernels,
+    channels_last,
+    wants_channels_last,
+)
 from segmamba.nn.mamba import MambaLayer, TriOrientatedMamba
 from segmamba.nn.mixers import build_mixer
 from segmamba.ops import instance_norm
@@ -66,6 +71,7 @@ class SegMamba(nn.Module):
             self.lower_heads = nn.ModuleList()
         if config.convolution_init == "he":
             self.apply(_he_initialization)
+        self._suit_device()
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Compute logits.
@@ -84,7 +90,7 @@ class SegMamba(nn.Module):
         """
         size = image_size(image, self.config.in_channels)
         x = pad_to_size(image, padded_size(size, level_strides(self.config)))
-        x = _channels_last(x) if x.is_cuda else x
+        x = channels_last(x) if wants_channels_last(x) else x
         skips, x = self._encode(x)
         features = self._decode(skips, x)
         heads = (self.head, *self.lower_heads) if self.training else (self.head,)
@@ -93,16 +99,24 @@ class SegMamba(nn.Module):
         return cropped if len(cropped) > 1 else cropped[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Move or convert, as `to` and `cuda` do; convolutions suit a GPU's layout.
-
-        There convolutions and the fused norms want channels-last.
-        """
-        before = self.head.weight.is_cuda
+        """Move or convert, as `to` and `cuda` do; kernels get the device's layout."""
+        before = wants_channels_last(self.head.weight)
         super()._apply(fn, recurse)
-        after = self.head.weight.is_cuda
-        if before != after:
-            _arrange_kernels(self, channels_last=after)
+        self._suit_device(before)
         return self
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Load as any module does; tensors that are assigned get the layout too."""
+        before = wants_channels_last(self.head.weight)
+        answer = super().load_state_dict(*arguments, **options)
+        self._suit_device(before)
+        return answer
+
+    def _suit_device(self, before: bool = False) -> None:
+        """Lay kernels out as the device wants them, unless it never did want that."""
+        after = wants_channels_last(self.head.weight)
+        if before or after:
+            arrange_kernels(self, channels_last=after)
 
     def _encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Give the skips of levels 0, 1, ... and the deepest features."""
@@ -207,21 +221,6 @@ def level_strides(config: NetworkConfig) -> list[Size3]:
     """Give the stride from each level to the next; a last down-sampling included."""
     extra = [config.strides[-1]] if config.bottleneck == "down" else []
     return [*config.strides, *extra]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    # With one channel only a copy gets the strides by which torch knows the layout.
-    if x.shape[1] == 1:
-        return x.clone(memory_format=torch.channels_last_3d)
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _arrange_kernels(network: nn.Module, *, channels_last: bool) -> None:
-    """Lay the convolutions' kernels out anew; their values stay, and so do names."""
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    for parameter in network.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _stage_entry(config: NetworkConfig, index: int) -> nn.Module:
