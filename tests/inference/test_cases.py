@@ -70,7 +70,7 @@ def test_a_broken_case_does_not_stop_the_others(folder, tmp_path):
     assert list(summary.failed) == ["b"]
     assert "b.nii.gz" in summary.failed["b"]
     written = sorted(path.name for path in out.iterdir())
-    assert written == ["a.nii.gz", "c.nii.gz", "d.nii.gz", "predictions.json"]
+    assert written == ["a.nii.gz", "c.nii.gz", "d.nii.gz", "manifest.json"]
     for seed, name in enumerate(("a", "c", "d")):
         label = np.asarray(nib.load(out / f"{name}.nii.gz").dataobj)
         np.testing.assert_array_equal(label, scan(seed) > 5)
@@ -81,10 +81,11 @@ def test_a_broken_case_does_not_stop_the_others(folder, tmp_path):
 def test_the_record_tells_all(folder, tmp_path):
     predictor = make_predictor(identity={"folds": ["0"], "weights": ["1f"]})
     predict_cases(predictor, folder, tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert record["model"] == {"folds": ["0"], "weights": ["1f"]}
+    record = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert record["model"] == {"folds": ["0"], "weights": ["1f"], "files": []}
     assert record["options"] == {"overlap": 0.5, "mirror_axes": []}
-    assert record["outputs"] == ["background", "bright"]
+    assert record["names"] == ["background", "bright"]
+    assert record["wanted"] == {"probabilities": False, "dicom_seg": None}
     assert {"segmamba", "torch"} <= set(record["versions"])
     assert [case["status"] for case in record["cases"].values()] == [
         "done",
@@ -92,8 +93,12 @@ def test_the_record_tells_all(folder, tmp_path):
         "done",
         "done",
     ]
-    assert record["cases"]["a"]["images"] == [str(folder / "a.nii.gz")]
-    assert record["cases"]["a"]["seconds"] > 0
+    found = record["cases"]["a"]
+    assert [row["path"] for row in found["inputs"]] == [str(folder / "a.nii.gz")]
+    assert [row["path"] for row in found["outputs"]] == ["a.nii.gz"]
+    assert found["seconds"] > 0
+    assert found["shape"] == [6, 7, 8]
+    assert found["volumes_ml"] == {"bright": np.count_nonzero(scan(0) > 5) / 1000}
     assert "b.nii.gz" in record["cases"]["b"]["error"]
 
 
@@ -112,7 +117,7 @@ def test_a_rerun_does_only_what_is_missing(folder, tmp_path):
     assert network.calls == 6
     assert (out / "a.nii.gz").stat().st_mtime_ns == before
     assert set(summary.outputs) == {"a", "b", "c", "d"}
-    record = json.loads((out / "predictions.json").read_text())
+    record = json.loads((out / "manifest.json").read_text())
     assert {case["status"] for case in record["cases"].values()} == {"done"}
     again = predict_cases(make_predictor(network), folder, out, overwrite=True)
     assert len(again.done) == 4
@@ -158,6 +163,7 @@ def test_one_file_for_one_case(folder, tmp_path):
     assert summary.outputs == {"c": file}
     assert sorted(path.name for path in file.parent.iterdir()) == [
         "label.nii.gz",
+        "label_manifest.json",
         "label_probabilities.nii.gz",
     ]
     with pytest.raises(ConfigError, match="there already"):

@@ -206,9 +206,9 @@ def test_predict_does_it_unless_told_not_to(spoilt: Path):
     for name, option in (("with", []), ("without", ["--no-postprocessing"])):
         out = ["-o", str(spoilt / name)]
         assert cli.main(["predict", *words, *out, *option]) == 0
-    record = read(spoilt / "with" / "predictions.json")
+    record = read(spoilt / "with" / "manifest.json")
     assert record["options"]["postprocessing"] == [rule]
-    record = read(spoilt / "without" / "predictions.json")
+    record = read(spoilt / "without" / "manifest.json")
     assert "postprocessing" not in record["options"]
 
 

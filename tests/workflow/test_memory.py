@@ -58,7 +58,7 @@ def test_prediction_names_each_case_and_writes_nothing(
     assert len(shown) == 6
     assert all("cpu has too little memory for case case_" in line for line in shown)
     assert "381469726.6 MiB" in shown[0]
-    assert [item.name for item in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert [item.name for item in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_memory_that_runs_out_elsewhere_is_told_too(

@@ -22,7 +22,7 @@ def predict(project: Path, output: Path, *options: str) -> np.ndarray:
 
 
 def recorded(output: Path) -> str:
-    record = json.loads((output / "predictions.json").read_text())
+    record = json.loads((output / "manifest.json").read_text())
     return record["cases"]["scan"]["precision"]
 
 

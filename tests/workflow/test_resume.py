@@ -98,5 +98,5 @@ def test_a_half_trained_fold_is_named(
     assert shown.err.startswith("warning: fold_0 is half-trained (step 8)")
     assert cli.main(["info", str(copy / "run")]) == 0
     assert "half-trained" in capsys.readouterr().out
-    record = json.loads((copy / "out" / "predictions.json").read_text())
+    record = json.loads((copy / "out" / "manifest.json").read_text())
     assert record["model"]["finished"] == [False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import tyro
@@ -35,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all went well, 1 for an error, 130 when interrupted.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="segmamba",
         description=(segmamba.__doc__ or "").partition("\n")[0],
-        args=None if arguments is None else list(arguments),
+        args=words,
     )
+    from segmamba.manifest import typed  # slow
+
     try:
-        with showing_warnings():
+        with showing_warnings(), typed(words):
             return command.run()
     except KeyboardInterrupt:
         say_error("interrupted; what was finished is kept.")

@@ -22,7 +22,7 @@ class Info:
     """Say what is installed and usable here; or what a run is."""
 
     run_folder: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
-    """Run folder."""
+    """Run folder; also says how to train it again."""
 
     def run(self) -> int:
         """Print versions, devices and back ends, or the run's parts."""
@@ -30,6 +30,9 @@ class Info:
 
         for title, rows in workflow.info(self.run_folder).items():
             print_table(title, ("what", "value"), rows)
+        if self.run_folder is not None:
+            for fold, line in workflow.commands_again(self.run_folder).items():
+                say(f"Fold {fold} again: {line}")
         return 0
 
 

@@ -97,7 +97,7 @@ def load_model(
         batch_size=batch_size,
         accumulate_dtype=accumulate_dtype,
         postprocessing=_steps(folder, dataset) if postprocessing else (),
-        identity=_identity(models),
+        identity={**_identity(models), "files": _files(folder, models)},
     )
 
 
@@ -323,6 +323,13 @@ def _identity(models: dict[Path, ModelFile]) -> JsonDict:
         "finished": [_is_finished(model.metadata) for model in models.values()],
         "weights": [_fingerprint(model) for model in models.values()],
     }
+
+
+def _files(run: Path, models: dict[Path, ModelFile]) -> list[str]:
+    """Name every file that decides what the model predicts."""
+    names = ("plan.json", "dataset.json", POSTPROCESSING_FILE)
+    files = [*models, *(run / name for name in names if (run / name).is_file())]
+    return [str(path) for path in files]
 
 
 def _fingerprint(model: ModelFile) -> str:

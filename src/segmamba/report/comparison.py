@@ -17,30 +17,35 @@ NAME = "comparison"
 
 def write_comparison(
     comparison: JsonDict, models: list[Scores], folder: Path | str
-) -> None:
+) -> list[Path]:
     """Write comparison.json, .md, .tex, .html and .png.
 
     Args:
         comparison: What `compare_scores` gave, with "cost".
         models: What it was given.
         folder: Where to; made if it is missing.
+
+    Returns:
+        The files, comparison.json first.
     """
     stem = Path(folder) / NAME
     values = score_arrays(
         models, comparison["labels"], [m["name"] for m in comparison["metrics"]]
     )
-    atomic.write_json(stem.with_suffix(".json"), comparison)
-    picture = stem.with_suffix(".png")
+    data, picture = stem.with_suffix(".json"), stem.with_suffix(".png")
+    atomic.write_json(data, comparison)
     comparison_figure(comparison, values, picture)
     title = " and ".join(model["name"] for model in comparison["models"])
     title = f"Comparison of {title} on {len(comparison['cases'])} cases"
     tables, facts = comparison_tables(comparison), describe_facts(comparison)
-    for suffix, text in (
-        (".md", to_markdown(title, tables, facts, picture.name)),
-        (".tex", to_latex(title, tables, facts)),
-        (".html", to_html(title, tables, facts, picture)),
-    ):
-        atomic.write_text(stem.with_suffix(suffix), text)
+    texts = {
+        stem.with_suffix(".md"): to_markdown(title, tables, facts, picture.name),
+        stem.with_suffix(".tex"): to_latex(title, tables, facts),
+        stem.with_suffix(".html"): to_html(title, tables, facts, picture),
+    }
+    for path, text in texts.items():
+        atomic.write_text(path, text)
+    return [data, picture, *texts]
 
 
 def describe_facts(comparison: JsonDict) -> list[str]:

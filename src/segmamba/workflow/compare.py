@@ -9,6 +9,7 @@ from segmamba.errors import ConfigError, describe
 from segmamba.evaluation.compare import compare_scores
 from segmamba.evaluation.compare_sources import load_scores
 from segmamba.evaluation.summary import RESAMPLES, SEED
+from segmamba.manifest import Session, write_manifest
 from segmamba.report.comparison import write_comparison
 from segmamba.report.comparison_cost import model_cost
 from segmamba.types import JsonDict
@@ -29,8 +30,8 @@ def compare(
     Args:
         runs: Two or more: run folders (their folds are put together), folders of one
             fold, or `metrics.json` files.
-        output: Folder for comparison.json, .md, .tex, .html and .png; None writes
-            nothing.
+        output: Folder for comparison.json, .md, .tex, .html and .png, and their
+            manifest; None writes nothing.
         names: What to call the models; None takes the folders' names.
         metrics: Which to compare; None takes Dice, HD95 and surface Dice, and the
             lesion-wise ones where all models have them.
@@ -50,15 +51,20 @@ def compare(
     paths = [Path(run) for run in runs]
     _check_options(paths, names, resamples)
     chosen = list(names) if names is not None else default_names(paths)
-    models = [load_scores(path, name) for path, name in zip(paths, chosen, strict=True)]
-    comparison = compare_scores(
-        models, metrics=metrics, labels=labels, resamples=resamples, seed=seed
-    )
-    comparison["cost"] = [
-        {"model": model.name, **model_cost(model.files)} for model in models
-    ]
-    if output is not None:
-        write_comparison(comparison, models, output)
+    options: JsonDict = {"metrics": metrics, "labels": labels}
+    options |= {"resamples": resamples, "seed": seed}
+    with Session("compare") as session:
+        models = [load_scores(*item) for item in zip(paths, chosen, strict=True)]
+        comparison = compare_scores(models, **options)
+        comparison["cost"] = [
+            {"model": model.name, **model_cost(model.files)} for model in models
+        ]
+        if output is not None:
+            files = write_comparison(comparison, models, output)
+            inputs = [file for model in models for file in model.files]
+            write_manifest(
+                files[0], session, {"names": chosen, **options}, inputs, files
+            )
     return comparison
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
-from segmamba.atomic import read_json
+from segmamba.atomic import read_json, write_text
 from segmamba.checkpoint import load_model_file
 from segmamba.config import AnyNetworkConfig, TrainConfig, from_dict, load_yaml
 from segmamba.data.cache import Cache, build_cache
@@ -21,15 +21,25 @@ from segmamba.data.memory import training_memory_mib
 from segmamba.data.plan import Plan, plan_hash
 from segmamba.data.sampler import PatchSampler
 from segmamba.data.splits import Split
+from segmamba.errors import TrainingError
+from segmamba.manifest import NAME, Session
 from segmamba.nn import build_network
 from segmamba.report.figures import training_curve
 from segmamba.training.batches import batch_maker
 from segmamba.training.losses import build_loss
 from segmamba.training.results import Progress as TrainingProgress
+from segmamba.training.results import TrainResult
 from segmamba.training.trainer import Trainer
 from segmamba.types import JsonDict
 from segmamba.workflow.folder import Progress, RunFolder, staged
 from segmamba.workflow.snapshots import snapshot_keeper
+from segmamba.workflow.training_record import (
+    SETTINGS,
+    TrainingRecord,
+    settings_again,
+    split_hash,
+    training_facts,
+)
 from segmamba.workflow.validation import final_validation, quick_validation
 
 
@@ -76,18 +86,23 @@ class FoldTraining:
         Returns:
             Folder, time and scores.
         """
-        shown = staged(self.progress, "preprocessing")
-        cache = build_cache(self.dataset, self.plan, self.run.cache, progress=shown)
-        trainer = self._trainer(cache)
-        say(
-            f"Training {self.plan.network.name} on {len(self.members['train'])} cases, "
-            f"{self.device.type} {trainer.precision}, patch {self.plan.patch_size}, "
-            f"into {trainer.folder.path}"
-        )
-        result = trainer.fit(resume=resume)
-        if result.note:
-            say(result.note)
-        return TrainingOutcome(trainer.folder.path, result.elapsed_s, self._scores())
+        with Session("train") as session:
+            shown = staged(self.progress, "preprocessing")
+            cache = build_cache(self.dataset, self.plan, self.run.cache, progress=shown)
+            trainer = self._trainer(cache)
+            record = self._recorded(trainer, session)
+            say(
+                f"Training {self.plan.network.name} on "
+                f"{len(self.members['train'])} cases, {self.device.type} "
+                f"{trainer.precision}, patch {self.plan.patch_size}, into "
+                f"{trainer.folder.path}"
+            )
+            result = _fit(trainer, record, resume)
+            if result.note:
+                say(result.note)
+            scores = self._scores()
+            record.write("finished", scores)
+        return TrainingOutcome(trainer.folder.path, result.elapsed_s, scores)
 
     def is_finished(self) -> bool:
         """Tell whether just this training is over and its held-out cases are scored.
@@ -136,7 +151,7 @@ class FoldTraining:
     def _trainer(self, cache: Cache) -> Trainer:
         folder, seed = self.run.fold(self.fold), self.config.seed
         torch.manual_seed(seed)  # the weights' own randomness
-        trainer = Trainer(
+        return Trainer(
             build_network(self.network_config),
             batch_maker(
                 self._sampler(cache),
@@ -151,21 +166,34 @@ class FoldTraining:
             split_hash=split_hash(self.members),
             device=self.device,
             validate=self._validation(cache),
-            on_progress=self.progress and _display(self.progress),
             model_metadata={
                 "dataset": self.dataset.name,
                 "preset": self.plan.network.name,
             },
             memory_hint=self._memory_hint(),
         )
+
+    def _recorded(self, trainer: Trainer, session: Session) -> TrainingRecord:
+        """Let a training write its manifest, curve and snapshots as it goes."""
+        folder = trainer.folder.path
+        record = TrainingRecord(folder / NAME, session, training_facts(self), trainer)
         keep = snapshot_keeper(trainer, self.config.snapshots)
+        show = self.progress and _display(self.progress)
+        settings = settings_again(self.plan, self.config)
+
+        def on_progress(state: TrainingProgress) -> None:
+            record.note_step(state.step)
+            if show is not None:
+                show(state)
 
         def on_epoch(log: Path) -> None:
             keep(log)
             training_curve(log, folder / "curve.png")
+            write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+            record.write()
 
-        trainer.on_epoch = on_epoch
-        return trainer
+        trainer.on_progress, trainer.on_epoch = on_progress, on_epoch
+        return record
 
     def _sampler(self, cache: Cache) -> PatchSampler:
         return PatchSampler(
@@ -210,18 +238,14 @@ class FoldTraining:
         )
 
 
-def split_hash(members: Split) -> str:
-    """Tell one choice of cases from another.
-
-    Args:
-        members: The ids that train and validate. Their order counts: it decides what
-            the sampler draws.
-
-    Returns:
-        12 hexadecimal digits.
-    """
-    plain = {"train": list(members["train"]), "val": list(members["val"])}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+def _fit(trainer: Trainer, record: TrainingRecord, resume: bool) -> TrainResult:
+    """Train; if that stops early, let the manifest say why."""
+    try:
+        return trainer.fit(resume=resume)
+    except TrainingError as error:
+        with contextlib.suppress(OSError):  # the disk may be full
+            record.write(f"stopped: {error}")
+        raise
 
 
 def _display(progress: Progress) -> Callable[[TrainingProgress], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from segmamba.data.plan import Plan
 from segmamba.devices import available_devices, precision_for, resolve_device
 from segmamba.errors import ConfigError, describe
 from segmamba.inference.load import trained_folds
+from segmamba.manifest import NAME
 from segmamba.ops.backends import automatic_backend, available_backends
+from segmamba.types import JsonDict
 from segmamba.workflow.folder import RunFolder
 from segmamba.workflow.steps import load_run_plan
+from segmamba.workflow.training_record import SETTINGS
 
 Rows = list[tuple[str, str]]
 
@@ -97,7 +101,86 @@ def _run(run: RunFolder) -> dict[str, Rows]:
         (fold.name, _describe_fold(run, fold.name, fold.path))
         for fold in trained_folds(run.root)
     ] or [("none", "nothing is trained yet")]
+    for fold in trained_folds(run.root):
+        rows = _describe_training(run.fold(fold.name))
+        if rows:
+            tables[f"Training of fold {fold.name}"] = rows
     return tables
+
+
+def commands_again(run: Path | str) -> dict[str, str]:
+    """Say how to train each fold of a run again, into a folder of its own.
+
+    Args:
+        run: A run folder.
+
+    Returns:
+        Fold to a command line; folds without a manifest are left out.
+    """
+    folder = RunFolder(Path(run))
+    found = {}
+    for fold in trained_folds(folder.root):
+        path = folder.fold(fold.name)
+        if (path / NAME).is_file() and (path / SETTINGS).is_file():
+            manifest = atomic.read_json(path / NAME)
+            found[fold.name] = _command_again(folder, fold.name, manifest)
+    return found
+
+
+def _command_again(run: RunFolder, fold: str, manifest: JsonDict) -> str:
+    device = manifest["machine"]["device"].partition(":")[0]
+    words = ["segmamba", "train", manifest["data"]["folder"], "-o", "run-again"]
+    words += ["--config", str(run.fold(fold) / SETTINGS), "--fold", fold]
+    if fold != "all":
+        words += ["--splits", str(run.splits)]
+    return shlex.join([*words, "--device", device])
+
+
+def _describe_training(fold: Path) -> Rows:
+    """Give what a fold's manifest says of how to make it again."""
+    if not (fold / NAME).is_file():
+        return []
+    manifest = atomic.read_json(fold / NAME)
+    data, split = manifest["data"], manifest["split"]
+    calls = [call["command_line"] or "from Python" for call in manifest["sessions"]]
+    computer = manifest["machine"]["gpu"] or manifest["machine"]["processor"]
+    versions = [f"{name} {text}" for name, text in manifest["versions"].items() if text]
+    cases = f"{len(split['train'])} to train, {len(split['val'])} held out"
+    return [
+        ("called", "; ".join(calls)),
+        ("state", f"{manifest['status']}, step {manifest['step']}"),
+        ("seed", str(manifest["seed"])),
+        ("data", f"{data['folder']}, {data['cases']} cases, SHA-256 {data['sha256']}"),
+        ("data now", _describe_change(manifest["inputs"])),
+        ("split", f"{split['hash']}: {cases}"),
+        ("plan", manifest["plan"]["hash"]),
+        ("versions", ", ".join(versions)),
+        ("computer", f"{computer}, {manifest['machine']['threads']} threads"),
+        ("precision", manifest["precision"]),
+        ("the same bits", _describe_repeatability(manifest)),
+    ]
+
+
+def _describe_change(inputs: list[JsonDict]) -> str:
+    """Say which files are others than they were, by size and time."""
+    changed = []
+    for row in inputs:
+        path = Path(row["path"])
+        now = path.stat() if path.exists() else None
+        if now is None or (now.st_size, now.st_mtime_ns) != (
+            row["bytes"],
+            row["modified"],
+        ):
+            changed.append(path.name)
+    if not changed:
+        return "as it was, by size and time of its files"
+    return f"{len(changed)} files changed or gone: {', '.join(changed[:3])}"
+
+
+def _describe_repeatability(manifest: JsonDict) -> str:
+    if manifest["options"]["max_time_s"] is not None:
+        return "no: the clock ended it; give --max-epochs for a run that repeats"
+    return "yes, on such a computer with these versions and as many threads"
 
 
 def describe_plan(plan: Plan) -> Rows:

@@ -1,4 +1,4 @@
-"""Check, plan, predict and evaluate."""
+"""Check, plan and predict."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from segmamba.data.layouts import load_dataset
 from segmamba.data.plan import Plan, load_plan, make_plan, save_plan
 from segmamba.devices import resolve_device
 from segmamba.errors import ConfigError, FormatError, describe
-from segmamba.evaluation.evaluate import evaluate_folder
 from segmamba.inference.cases import PredictionSummary, find_cases, predict_cases
 from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.load import load_model
+from segmamba.manifest import Session
 from segmamba.nn import preset_config
-from segmamba.report.worst import worst_cases
-from segmamba.types import JsonDict
 from segmamba.workflow.folder import (
     Progress,
     RunFolder,
@@ -250,67 +248,24 @@ def predict(
         CheckpointError: It isn't a trained run.
         FormatError: There is no scan.
     """
-    predictor = load_model(
-        run,
-        device,
-        folds,
-        overlap=overlap,
-        mirror=mirror,
-        precision=precision,
-        postprocessing=postprocessing,
-    )
-    cases = find_cases(scans, predictor.channels, series=series)
-    return predict_cases(
-        predictor,
-        cases,
-        Path(output),
-        overwrite=overwrite,
-        probabilities=probabilities,
-        dicom_seg=dicom_seg,
-        progress=staged(progress, "predicting"),
-    )
-
-
-def evaluate(
-    predictions: Path | str,
-    references: Path | str,
-    output: Path | str,
-    *,
-    labels: Path | str | None = None,
-    tolerance_mm: float = 1.0,
-    lesions: str | None = None,
-    figure: Path | str | None = None,
-    progress: Progress | None = None,
-) -> JsonDict:
-    """Score label maps against references and write `metrics.json`.
-
-    Args:
-        predictions: A folder of label maps.
-        references: A folder of label maps, or a data set.
-        output: The JSON file to write.
-        labels: A dataset.json that names labels and regions.
-        tolerance_mm: Of the surface Dice.
-        lesions: Score lesion by lesion too, by the rules of this BraTS 2023 task:
-            "GLI", "SSA", "PED", "MEN" or "MET".
-        figure: A PNG file for a picture of the worst cases.
-        progress: Called with the cases done, all cases, and what is being done.
-
-    Returns:
-        What was written.
-
-    Raises:
-        FormatError: A prediction is missing or unreadable.
-        GeometryError: A prediction and its reference lie on different grids.
-    """
-    metrics = evaluate_folder(
-        predictions,
-        references,
-        labels=labels,
-        tolerance_mm=tolerance_mm,
-        lesions=lesions,
-        progress=staged(progress, "evaluating"),
-    )
-    atomic.write_json(output, metrics)
-    if figure is not None:
-        worst_cases(metrics, predictions, references, figure, labels=labels)
-    return metrics
+    with Session("predict") as session:
+        predictor = load_model(
+            run,
+            device,
+            folds,
+            overlap=overlap,
+            mirror=mirror,
+            precision=precision,
+            postprocessing=postprocessing,
+        )
+        cases = find_cases(scans, predictor.channels, series=series)
+        return predict_cases(
+            predictor,
+            cases,
+            Path(output),
+            overwrite=overwrite,
+            probabilities=probabilities,
+            dicom_seg=dicom_seg,
+            session=session,
+            progress=staged(progress, "predicting"),
+        )
