@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import segmamba.nn.blocks as blocks
 from segmamba.errors import GeometryError
 from segmamba.nn.blocks import (
     FloatOnCpuConvolution,
@@ -13,6 +14,7 @@ from segmamba.nn.blocks import (
     Stem,
     feature_uncertainty,
 )
+from segmamba.nn.folding import folded_convolution as fold
 from segmamba.nn.mamba import scan_orders
 
 
@@ -77,3 +79,17 @@ def test_large_kernels_have_finite_gradients_in_bfloat16() -> None:
         out = convolution(image)
     out.square().sum().backward()
     torch.testing.assert_close(convolution.weight.grad, wanted)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_a_stem_on_a_gpu_gives_the_same(monkeypatch, depthwise):
+    stem = Stem(3, 6, (1, 2, 2), depthwise=depthwise).double()
+    x = torch.randn(2, 3, 5, 9, 8, dtype=torch.float64)
+    assert stem.folds != depthwise
+    wanted, folds = stem(x), []
+    monkeypatch.setattr(
+        blocks, "folded_convolution", lambda *a: folds.append(1) or fold(*a)
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(stem(x), wanted)
+    assert len(folds) == (not depthwise)

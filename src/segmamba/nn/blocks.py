@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segmamba.nn.folding import folded_convolution
 from segmamba.ops import instance_norm
 from segmamba.types import Size3
+
+FOLDED_CHANNELS = 8
+"""Up to how many channels of an image GPUs fold a stem's stride into channels."""
 
 
 class VoidBiasConvolution(nn.Conv3d):
@@ -282,10 +286,15 @@ class Stem(nn.Module):
         self.conv = nn.Conv3d(
             in_channels, out_channels, kernel, stride, kernel // 2, groups=groups
         )
+        few = in_channels <= FOLDED_CHANNELS and groups == 1
+        self.folds = few and max(stride) > 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
-        return self.conv(x)
+        if not (self.folds and x.is_cuda):
+            return self.conv(x)
+        weight, bias, stride = self.conv.weight, self.conv.bias, self.conv.stride
+        return folded_convolution(x, weight, bias, stride)
 
 
 def feature_uncertainty(z: Tensor) -> Tensor:
