@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from segmamba.devices import (
+    Arriving,
     autocast,
     available_devices,
     precision_for,
     resolve_device,
+    searched_convolutions,
 )
 from segmamba.errors import BackendUnavailableError, ConfigError
 
@@ -87,3 +89,35 @@ def test_peak_memory_is_the_most_that_was_ever_held():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["True", "True"]
+
+
+def test_searching_for_convolutions_ends_with_its_block():
+    before = torch.backends.cudnn.benchmark
+
+    def fail() -> None:
+        with searched_convolutions():
+            assert torch.backends.cudnn.benchmark
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_numbers_arrive():
+    values = torch.tensor([1.5, 2.5], requires_grad=True)
+    assert Arriving(values).tolist() == [1.5, 2.5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_numbers_arrive_from_a_gpu_without_waiting_for_what_was_launched_since():
+    large = torch.randn(8192, 8192, device="cuda")
+    large @ large  # the library's own start waits
+    torch.cuda.synchronize()
+    numbers = Arriving(torch.stack([large[0, 0] * 0 + 3, large[0, 0] * 0 + 4]))
+    for _ in range(60):
+        large @ large
+    done = torch.cuda.Event()
+    done.record()
+    assert numbers.tolist() == [3, 4]
+    assert not done.query()

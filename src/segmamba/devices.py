@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
@@ -105,6 +106,39 @@ def autocast(
     if chosen == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[chosen])
+
+
+@contextlib.contextmanager
+def searched_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms out: seconds that pay where shapes recur often."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+class Arriving:
+    """Numbers on their way from a GPU to the CPU, which needn't wait for them yet.
+
+    Args:
+        values: A small tensor on any device.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values, self._event = values.detach(), None
+        if values.is_cuda:
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def tolist(self) -> list[float]:
+        """Wait for what was launched before, and for nothing launched since."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

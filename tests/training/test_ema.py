@@ -24,7 +24,7 @@ def test_average_follows_the_recursion_with_its_warm_up():
         [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 0.4]
     ):
         shifted(net)
-        average.update(net, update)
+        average.update(update)
         expected = keep * expected + (1 - keep) * net.weight.detach().double()
     torch.testing.assert_close(average.tensors["weight"].double(), expected)
 
@@ -33,7 +33,7 @@ def test_counters_are_copied_and_not_averaged():
     net = nn.BatchNorm1d(2)
     average = WeightAverage(net, decay=0.9)
     net(torch.randn(4, 2))
-    average.update(net, 0)
+    average.update(0)
     assert average.tensors["num_batches_tracked"] == 1
 
 

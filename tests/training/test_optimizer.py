@@ -81,6 +81,26 @@ def test_state_put_back_gives_the_same_next_steps(name):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_state_is_laid_out_as_its_parameter(name):
+    """A step in one launch on a GPU wants the strides alike; files don't hold them."""
+    net = nn.Conv3d(2, 3, 3).to(memory_format=torch.channels_last_3d)
+    optimizer = build_optimizer(net, TrainConfig(optimizer=name))
+    net(torch.randn(1, 2, 4, 4, 4)).sum().backward()
+    optimizer.step()
+    saved = {
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in optimizer_tensors(optimizer, net).items()
+    }
+    fresh = build_optimizer(net, TrainConfig(optimizer=name))
+    load_optimizer_tensors(fresh, net, saved)
+    state = fresh.state[net.weight]
+    for key, value in state.items():
+        assert torch.equal(value, optimizer.state[net.weight][key])
+        if key != "step":
+            assert value.stride() == net.weight.stride() != value.contiguous().stride()
+
+
 def test_names_say_what_belongs_where():
     net = network()
     optimizer = build_optimizer(net, TrainConfig())
@@ -96,4 +116,8 @@ def test_state_of_another_network_is_refused():
     with pytest.raises(CheckpointError, match=r"7\.weight\.momentum_buffer"):
         load_optimizer_tensors(
             optimizer, net, {"7.weight.momentum_buffer": torch.zeros(1)}
+        )
+    with pytest.raises(CheckpointError, match=r"expected \(4, 3\), found \(1,\)"):
+        load_optimizer_tensors(
+            optimizer, net, {"0.weight.momentum_buffer": torch.zeros(1)}
         )

@@ -65,3 +65,18 @@ def test_ctrl_c_ends_the_threads():
     with pytest.raises(KeyboardInterrupt):
         take()
     assert threads() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_waiting_for_batches_is_timed(workers):
+    def make(step: int) -> int:
+        time.sleep(0.05)
+        return step
+
+    with Prefetcher(make, workers=workers) as batches:
+        next(batches)
+        assert 0.04 < batches.waited_s() < 5
+        assert batches.waited_s() == 0
+        time.sleep(0.3)
+        next(batches)
+        assert (batches.waited_s() < 0.04) == (workers == 1)

@@ -16,7 +16,7 @@ from segmamba.checkpoint import load_checkpoint, previous_path
 from segmamba.errors import CheckpointError, ConfigError
 from segmamba.training import read_log
 
-TIMES = ("seconds", "elapsed_s", "patches_per_s", "peak_memory_mib")
+TIMES = ("seconds", "elapsed_s", "waited_s", "patches_per_s", "peak_memory_mib")
 KILLS = 3
 
 
@@ -64,6 +64,22 @@ def test_stopped_in_the_middle_of_an_epoch(tiny, tmp_path, changes):
 
 
 @pytest.mark.slow
+def test_looking_at_a_step_during_the_next_changes_nothing(tiny, tmp_path):
+    """As on a GPU, which needn't wait for the CPU to see its loss."""
+    reports = {}
+    for name, late in (("at once", False), ("late", True)):
+        seen = reports[name] = []
+        run = tiny.make_trainer(tmp_path / name, on_progress=seen.append)
+        run._looks_late = late
+        run.fit()
+    assert_same(tmp_path / "at once", tmp_path / "late")
+    at_once = [(item.step, item.loss) for item in reports["at once"]]
+    late = [(item.step, item.loss) for item in reports["late"]]
+    assert [step for step, _ in late] == [step for step, _ in at_once]
+    assert late[0] == at_once[0]
+    assert late[5][1] == at_once[4][1]
+
+
 def test_killed_with_signal_9_at_random_moments(tiny, tmp_path):
     config = dataclasses.replace(tiny.CONFIG, max_epochs=12, optimizer="adamw")
     tiny.make_trainer(tmp_path / "whole", config).fit()

@@ -290,6 +290,48 @@ def test_a_bad_voxel_stops_and_is_named(tiny, tmp_path, precision):
     assert all(bool(torch.isfinite(item).all()) for item in tensors.values())
 
 
+@pytest.mark.parametrize("bad_step", [0, 7, 9, 19])
+def test_a_bad_voxel_is_seen_before_anything_is_saved_or_scored(
+    tiny, tmp_path, bad_step
+):
+    """As on a GPU, where a step is looked at while the next one is on its way."""
+    scored = []
+
+    def validate(network):
+        scored.append(all(item.isfinite().all() for item in network.parameters()))
+        return {"score": 1.0}
+
+    run = tiny.make_trainer(
+        tmp_path, make_batch=poisoned(tiny, bad_step), validate=validate
+    )
+    run._looks_late = True
+    message = rf"loss of nan .* at step {bad_step}; cases a, case_{bad_step};"
+    with pytest.raises(TrainingError, match=message) as caught:
+        run.fit()
+    assert "the weight" not in str(caught.value)  # the step itself has spoilt it
+    assert "sample 1 channel 0" in str(caught.value)
+    assert all(scored)
+    if bad_step:
+        tensors, metadata = load_checkpoint(tmp_path / "checkpoint.safetensors")
+        assert metadata["state"]["step"] == bad_step
+        assert all(bool(torch.isfinite(item).all()) for item in tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    def spoil(progress):
+        if progress.step == 20:  # the last: no other loss can tell
+            run.network.first.bias.data[2] = math.inf
+
+    run = tiny.make_trainer(tmp_path, on_progress=spoil, validate=None)
+    with pytest.raises(TrainingError, match=r"weights are not finite.*after 20 steps"):
+        run.fit()
+    tensors, metadata = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert metadata["state"]["step"] == 19
+    assert all(bool(torch.isfinite(item).all()) for item in tensors.values())
+    header = checkpoint.load_model_metadata(tmp_path / "model.safetensors")
+    assert not header["finished"]
+
+
 def test_a_bad_loss_names_the_rate_and_what_to_do(tiny, tmp_path):
     def loss(logits, label):
         return tiny.loss(logits, label) * float("inf")

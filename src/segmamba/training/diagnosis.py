@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def explain_not_finite(
     norm: float,
     learning_rate: float,
     precision: str,
+    updated: bool = False,
 ) -> str:
     """Say what was not finite, where it came first, and what can be done.
 
@@ -37,12 +39,13 @@ def explain_not_finite(
         norm: The norm of its gradient; infinite too where finite numbers are too large.
         learning_rate: Its learning rate.
         precision: Its autocast type.
+        updated: Whether the step has changed the weights, which then tell nothing.
 
     Returns:
         One text in the house's order.
     """
     bad_image = _bad_channels(batch.image)
-    weight = _first_bad(network, gradients=False)
+    weight = None if updated else _first_bad(network, gradients=False)
     gradient = _first_bad(network, gradients=True)
     cases = ", ".join(map(str, getattr(batch, "case_ids", ()) or ()))
     found = [f"a loss of {loss:g} and a gradient norm of {norm:g} at step {step}"]
@@ -58,6 +61,27 @@ def explain_not_finite(
         remedy=_remedy(bool(bad_image), precision)
         + " The last saved checkpoint is intact.",
     )
+
+
+def require_finite(tensors: Iterable[Tensor], step: int) -> None:
+    """Refuse weights that are not finite, before they are saved.
+
+    Args:
+        tensors: All of them, and their averages.
+        step: Steps done.
+
+    Raises:
+        TrainingError: One is not finite.
+    """
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not math.isfinite(float(nn.utils.get_total_norm(numbers))):
+        raise TrainingError(
+            describe(
+                "weights are not finite",
+                found=f"not-a-number or infinity after {step} steps",
+                remedy="Lower the learning rate. The last saved checkpoint is intact.",
+            )
+        )
 
 
 def is_finite(batch: Any) -> bool:

@@ -22,9 +22,11 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
     Returns:
         SGD with Nesterov momentum and decay on every parameter, as published; or
         AdamW with decay on matrices and kernels only (not on vectors, nor on what is
-        marked `_no_weight_decay`, such as the scans' A).
+        marked `_no_weight_decay`, such as the scans' A). On a GPU all of a step is one
+        launch.
     """
     parameters = [item for item in network.parameters() if item.requires_grad]
+    fused = all(item.is_cuda for item in parameters) or None
     if config.optimizer == "sgd":
         return SGD(
             parameters,
@@ -32,6 +34,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
     free = [item for item in parameters if not _decays(item)]
     groups = [
@@ -42,6 +45,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 
@@ -84,9 +88,26 @@ def load_optimizer_tensors(
             raise CheckpointError(
                 describe("the optimiser's state does not fit", found=full_name)
             )
-        # Adam counts its steps on the CPU, wherever the parameter lies.
-        device = tensor.device if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device).clone()
+        state = optimizer.state[parameters[name]]
+        state[key] = _placed(tensor, key, parameters[name], optimizer)
+
+
+def _placed(
+    tensor: Tensor, key: str, parameter: Tensor, optimizer: Optimizer
+) -> Tensor:
+    """Copy a state to where, and with the strides that, the optimiser wants it."""
+    if key == "step":  # Adam counts on the CPU, unless a step is one launch on a GPU
+        fused = optimizer.defaults.get("fused")
+        return tensor.to(parameter.device if fused else "cpu", copy=True)
+    if tensor.shape != parameter.shape:
+        raise CheckpointError(
+            describe(
+                "the optimiser's state does not fit",
+                expected=tuple(parameter.shape),
+                found=tuple(tensor.shape),
+            )
+        )
+    return torch.empty_like(parameter).copy_(tensor)
 
 
 def _decays(parameter: Tensor) -> bool:

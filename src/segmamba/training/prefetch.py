@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ class Prefetcher(Generic[T]):
         self._stop_step = stop_step
         self._size = workers * AHEAD
         self._queue: deque[Future[T]] = deque()
+        self._waited_s = 0.0
         self._pool = (
             ThreadPoolExecutor(workers, thread_name_prefix="segmamba-batches")
             if workers > 0
@@ -59,19 +61,31 @@ class Prefetcher(Generic[T]):
             if not self._has_next():
                 raise StopIteration
             self._next_step += 1
-            return self._make(self._next_step - 1)
+            return self._wait(lambda: self._make(self._next_step - 1))
         self._fill(self._pool)
         if not self._queue:
             raise StopIteration
-        batch = self._queue.popleft().result()
+        batch = self._wait(self._queue.popleft().result)
         self._fill(self._pool)
         return batch
+
+    def waited_s(self) -> float:
+        """Give the seconds that `next` has waited for batches since the last call."""
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
 
     def close(self) -> None:
         """Drop what is waiting and wait for the threads to end."""
         self._queue.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _wait(self, get: Callable[[], T]) -> T:
+        begin = time.perf_counter()
+        try:
+            return get()
+        finally:
+            self._waited_s += time.perf_counter() - begin
 
     def _fill(self, pool: ThreadPoolExecutor) -> None:
         while len(self._queue) < self._size and self._has_next():

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from segmamba import checkpoint
 from segmamba.config import to_dict
 from segmamba.errors import CheckpointError
-from segmamba.training.diagnosis import explain_misfit
+from segmamba.training.diagnosis import explain_misfit, require_finite
 from segmamba.training.ema import WeightAverage
 from segmamba.training.fold_folder import FoldFolder
 from segmamba.training.snapshot import (
@@ -49,7 +49,9 @@ class RunStore:
 
         Raises:
             CheckpointError: The file can't be written.
+            TrainingError: Weights are not finite.
         """
+        self._require_finite(state)
         metadata = {
             "kind": "training state",
             "state": to_dict(state),
@@ -71,7 +73,9 @@ class RunStore:
 
         Raises:
             CheckpointError: The file can't be written.
+            TrainingError: Weights are not finite.
         """
+        self._require_finite(state)
         metadata = {
             **self.model_metadata,
             "plan_hash": self.identity["plan_hash"],
@@ -109,6 +113,10 @@ class RunStore:
             return checkpoint.load_model_metadata(self.folder.model)
         except CheckpointError:
             return None
+
+    def _require_finite(self, state: TrainState) -> None:
+        averages = [] if self.average is None else self.average.tensors.values()
+        require_finite([*self.network.state_dict().values(), *averages], state.step)
 
     def load(self) -> tuple[TrainState, str | None] | None:
         """Put back the weights and all else of the folder's run.

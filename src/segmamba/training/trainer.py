@@ -21,23 +21,19 @@ from segmamba.devices import (
     peak_memory_mib,
     precision_for,
     resolve_device,
+    searched_convolutions,
 )
 from segmamba.errors import TrainingError
 from segmamba.ops.backends import warn_if_slow
-from segmamba.training.batches import to_device
-from segmamba.training.diagnosis import (
-    explain_interruption,
-    explain_not_finite,
-    explained,
-    is_finite,
-)
+from segmamba.training.diagnosis import explain_interruption, explained, is_finite
 from segmamba.training.ema import WeightAverage, prediction_weights
+from segmamba.training.feed import Feed
 from segmamba.training.fold_folder import FoldFolder
 from segmamba.training.interrupt import Interrupt, Interrupted
 from segmamba.training.lock import folder_lock
 from segmamba.training.logger import RunLogger, overall_score
 from segmamba.training.optimizer import build_optimizer, set_learning_rate
-from segmamba.training.prefetch import Prefetcher
+from segmamba.training.outcome import Outcome, send
 from segmamba.training.results import Pace, Progress, TrainResult
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
 from segmamba.training.shallow_maps import avoid_depth_two
@@ -134,6 +130,10 @@ class Trainer:
             run_identity(self.network, config, plan_hash, split_hash),
             model_metadata or {},
         )
+        # A GPU goes on while numbers arrive; only fp16's decide about the step.
+        self._looks_late = self.device.type == "cuda" and self.precision != "fp16"
+        self._unseen: Outcome | None = None
+        self._loss: float | None = None
         self._interrupt = Interrupt()
         self._note: str | None = None
 
@@ -175,28 +175,30 @@ class Trainer:
         stop = total_steps(self.config)
         with (
             self._interrupt.watching(),
+            searched_convolutions(),
             RunLogger(
                 self.folder.path,
                 first_epoch=self.state.epoch,
                 tensorboard=self.tensorboard,
             ) as self._logger,
-            Prefetcher(
-                lambda step: to_device(self.make_batch(step), self.device),
+            Feed(
+                self.make_batch,
+                self.device,
                 self.state.step,
                 None if math.isinf(stop) else int(stop),
                 self.config.workers,
-            ) as batches,
+            ) as self._feed,
         ):
             self.folder.write_config(self.config)
             self.store.mark_model(finished=False)  # a longer run may follow a finished
             try:
-                self._loop(batches)
+                self._loop()
             except Interrupted as signal:
                 self.save()
                 text = explain_interruption(signal, self.state.step, self.folder.path)
                 raise TrainingError(text) from None
 
-    def _loop(self, batches: Prefetcher[Batch]) -> None:
+    def _loop(self) -> None:
         self.network.train()
         while True:
             if self._epoch_is_full():
@@ -206,7 +208,7 @@ class Trainer:
             if self._is_over():
                 break
             self._interrupt.check()
-            self._step(next(batches))
+            self._step(self._feed.next())
         if self.state.step > self.state.epoch_step:  # the clock cut it short
             self._finish_epoch()
         self.save()
@@ -221,23 +223,23 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         torch.manual_seed(config.seed + state.step)  # for networks that draw numbers
         loss = self._forward(batch)
+        self._look()  # at the step before, if nobody has yet
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(
             self.network.parameters(), config.clip_grad_norm or math.inf
         )
-        # One transfer for both, so that a GPU waits once.
-        values = torch.stack([loss.detach().float(), norm.float()]).tolist()
-        if all(map(math.isfinite, values)):
-            self._update(*values)
-        else:
-            self._skip_or_stop(batch, values, learning_rate)
+        is_late = self._looks_late and self._loss is not None
+        place = (state.step, batch, learning_rate, self.precision)
+        self._unseen = Outcome(*place, is_late, send(loss, norm))
+        if is_late or self._look():
+            self._update()
         self.scaler.update()
         state.step += 1
         state.epoch_patches += len(batch.image)
         self._pace.patches += len(batch.image)
-        self._report(values[0], learning_rate)
+        self._report(learning_rate)
 
     def _forward(self, batch: Batch) -> Tensor:
         with autocast(self.device, self.precision):
@@ -246,45 +248,45 @@ class Trainer:
             return self.loss(outputs.float(), batch.label)
         return self.loss([output.float() for output in outputs], batch.label)
 
-    def _update(self, loss: float, norm: float) -> None:
-        state = self.state
+    def _update(self) -> None:
+        """Change the weights."""
         self.scaler.step(self.optimizer)
         if self.average is not None:
-            self.average.update(self.network, state.updates)
-        state.updates += 1
+            self.average.update(self.state.updates)
+        self.state.updates += 1
+
+    def _look(self) -> bool:
+        """See whether loss and gradient of the unseen step are finite; count them."""
+        state, outcome, self._unseen = self.state, self._unseen, None
+        if outcome is None:
+            return True
+        loss, norm = outcome.numbers.tolist()
+        self._loss = loss
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip_or_stop(outcome, loss, norm)
+            return False
         state.skipped_in_a_row = 0
         state.epoch_updates += 1
         state.loss_sum += loss
         state.norm_sum += norm
+        return True
 
-    def _skip_or_stop(
-        self, batch: Batch, values: list[float], learning_rate: float
-    ) -> None:
+    def _skip_or_stop(self, outcome: Outcome, loss: float, norm: float) -> None:
         """Skip the step if fp16 merely overflowed; else stop and say why."""
         self.state.skipped_in_a_row += 1
         if (
-            self.precision == "fp16"
-            and self.state.skipped_in_a_row <= SKIPS_ALLOWED
-            and is_finite(batch)
+            self.precision != "fp16"
+            or self.state.skipped_in_a_row > SKIPS_ALLOWED
+            or not is_finite(outcome.batch)
         ):
-            return
-        raise TrainingError(
-            explain_not_finite(
-                self.network,
-                batch,
-                step=self.state.step,
-                loss=values[0],
-                norm=values[1],
-                learning_rate=learning_rate,
-                precision=self.precision,
-            )
-        )
+            raise TrainingError(outcome.explain(self.network, loss, norm))
 
     # ---------------------------------------------------------------- epoch, validate
 
     def _finish_epoch(self) -> None:
         """Validate if it is due, log, and begin the next epoch."""
         state = self.state
+        self._look()
         seconds = self._elapsed_s() - state.epoch_started_s
         peak = peak_memory_mib(self.device)  # before validation, which isn't training
         scores = self._scores()
@@ -294,6 +296,7 @@ class Trainer:
             "progress": self._progress(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "elapsed_s": self._elapsed_s(),
+            "waited_s": self._feed.waited_s(),
             "peak_memory_mib": peak,
         }
         if scores:
@@ -329,6 +332,7 @@ class Trainer:
         place = (self.state.step, self.state.epoch)
         lacking = self.store.model_header() is None
         if place != self._saved_place or lacking or not self.folder.checkpoint.exists():
+            self._look()
             keeps_best = self.config.patience is not None
             if lacking or not keeps_best or self.state.best_score is None:
                 self.store.save_model(self.state)
@@ -375,11 +379,11 @@ class Trainer:
         epoch_is_open = self.state.step > self.state.epoch_step
         return self._is_over() and not epoch_is_open and model.get("finished", False)
 
-    def _report(self, loss: float, learning_rate: float) -> None:
-        if self.on_progress is None:
+    def _report(self, learning_rate: float) -> None:
+        if self.on_progress is None or self._loss is None:
             return
         place = (self.state.step, self.state.epoch + 1, self._progress())
-        self.on_progress(self._pace.progress(*place, loss, learning_rate))
+        self.on_progress(self._pace.progress(*place, self._loss, learning_rate))
 
     def _result(self) -> TrainResult:
         patience = self._lost_patience() and self._progress() < 1

@@ -1,0 +1,78 @@
+"""Batches ahead of time, on a GPU on streams beside the training's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from segmamba.data.augment import Batch
+from segmamba.training.batches import to_device
+from segmamba.training.prefetch import Prefetcher
+
+Made = tuple[Batch, "torch.cuda.Event | None"]
+"""A batch, and on a GPU what tells when it is there."""
+
+
+class Feed:
+    """Hand a training its batches in order, prepared ahead by threads.
+
+    On a GPU each thread copies and augments on a stream of its own: it never waits for
+    the training's launches, nor the training for its own. Use it as a context manager.
+
+    Args:
+        make_batch: Gives the batch of a step; called from several threads at once.
+        device: Where the network trains.
+        first_step: The step to start with.
+        stop_step: The step before which to stop; None never stops.
+        workers: Threads; 0 makes each batch when it is asked for.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[int], Batch],
+        device: torch.device,
+        first_step: int = 0,
+        stop_step: int | None = None,
+        workers: int = 1,
+    ) -> None:
+        self._make_batch, self._device = make_batch, device
+        self._own = threading.local()
+        self._ahead = Prefetcher(self._make, first_step, stop_step, workers)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ahead.close()
+
+    def next(self) -> Batch:
+        """Give the next batch, on the device, or raise what making it raised."""
+        batch, event = next(self._ahead)
+        if event is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(event)
+            for tensor in (batch.image, batch.label):
+                tensor.record_stream(stream)  # its memory is another stream's
+        return batch
+
+    def waited_s(self) -> float:
+        """Give the seconds that `next` has waited for threads since the last call."""
+        return self._ahead.waited_s()
+
+    def _make(self, step: int) -> Made:
+        if self._device.type != "cuda":
+            return to_device(self._make_batch(step), self._device), None
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            batch = to_device(self._make_batch(step), self._device)
+            event = torch.cuda.Event()
+            event.record(stream)
+        return batch, event
+
+    def _stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._own, "stream"):
+            # Its few small kernels go first: training waits for none of them long.
+            self._own.stream = torch.cuda.Stream(self._device, priority=-1)
+        return self._own.stream
