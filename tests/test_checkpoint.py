@@ -132,7 +132,7 @@ def test_a_newer_format_names_the_remedy(file, monkeypatch):
         load_checkpoint(file)
 
 
-@pytest.mark.parametrize("where", ["save_file", "_flush"])
+@pytest.mark.parametrize("where", ["save_file", "flush_file"])
 def test_a_full_disk_leaves_what_was_there(file, monkeypatch, where):
     def full(*_arguments):
         raise OSError(28, "No space left on device")

@@ -34,7 +34,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary = _new_file_beside(path)
         try:
             yield temporary
-            _flush(temporary)
+            flush_file(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             _flush_folder(path.parent)
@@ -92,7 +92,8 @@ def _finite(data: Any) -> Any:
     return str(data) if isinstance(data, Path) else data
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Make sure that a file's bytes are on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

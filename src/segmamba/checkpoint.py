@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from segmamba.atomic import atomic_path
+from segmamba.atomic import atomic_path, flush_file
 from segmamba.config import AnyNetworkConfig, network_from_dict, to_dict
 from segmamba.devices import is_out_of_memory
 from segmamba.errors import CheckpointError, ConfigError, describe
@@ -89,7 +88,7 @@ def save_checkpoint(
         with atomic_path(path) as temporary:
             save_file(ready, temporary, {_HEADER: text})
             if keep_previous and path.exists():
-                _flush(temporary)  # the new one is safe before the old one moves
+                flush_file(temporary)  # the new one is safe before the old one moves
                 path.replace(previous_path(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_cannot_write(path, ready, error)) from error
@@ -304,11 +303,6 @@ def _parse_header(header: Mapping[str, str] | None, path: Path) -> JsonDict:
     if head.get("format_version", 0) > FORMAT_VERSION:
         raise CheckpointError(_newer(path, f"format {head['format_version']}"))
     return head
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _broken(path: Path, found: str) -> str:

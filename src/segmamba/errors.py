@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_LONGEST_PART = 4000
+
 
 class SegMambaError(Exception):
     """Base of every error that segmamba raises on purpose."""
@@ -46,6 +48,9 @@ def describe(
 ) -> str:
     """Compose an error text in the house's order.
 
+    What files hold may be anything: signs that a terminal would obey are written as
+    escapes, and what is too long to read is cut.
+
     Args:
         problem: One sentence without a full stop.
         expected: What would have been right.
@@ -58,10 +63,20 @@ def describe(
     """
     parts = []
     if expected is not None:
-        parts.append(f"expected {expected}")
+        parts.append(f"expected {_shown(expected)}")
     if found is not None:
-        parts.append(f"found {found}")
+        parts.append(f"found {_shown(found)}")
     if file is not None:
-        parts.append(f"in {file}")
-    text = problem + (": " + ", ".join(parts) if parts else "") + "."
+        parts.append(f"in {_shown(file)}")
+    text = _shown(problem) + (": " + ", ".join(parts) if parts else "") + "."
     return f"{text} {remedy}" if remedy else text
+
+
+def _shown(part: object) -> str:
+    text = str(part)
+    if len(text) > _LONGEST_PART:
+        text = f"{text[:_LONGEST_PART]} ..."
+    return "".join(
+        sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1]
+        for sign in text
+    )

@@ -245,6 +245,12 @@ def stretched(group: list[Any]) -> list[Any]:
     return group
 
 
+def flat(group: list[Any]) -> list[Any]:
+    for data in group:
+        data.PixelSpacing = [1.5, -0.75]
+    return group
+
+
 def unplaced(group: list[Any]) -> list[Any]:
     del group[0].ImagePositionPatient
     return group
@@ -262,6 +268,7 @@ def unplaced(group: list[Any]) -> list[Any]:
         (turned, r"different orientation.*cosines that differ"),
         (resized, r"different size \(rows, columns\).*\(4, 6\) in 4 files"),
         (stretched, r"different pixel spacing.*0.8"),
+        (flat, r"unusable pixel spacing.*above 0, found 1\.5 and -0\.75"),
         (unplaced, r"doesn't say where.*ImagePositionPatient.*1 of 5 without"),
     ],
 )

@@ -40,9 +40,10 @@ def arrange(
         RAS+ mm.
 
     Raises:
-        GeometryError: Positions are not stated; slices differ in size, spacing or
-            orientation; two lie at one place; some are missing; steps are uneven; or
-            the gantry was tilted. The text names the files.
+        GeometryError: Positions are not stated; a spacing is zero or negative; slices
+            differ in size, spacing or orientation; two lie at one place; some are
+            missing; steps are uneven; or the gantry was tilted. The text names the
+            files.
     """
     _check_stated(slices, name)
     for what, values in (
@@ -56,7 +57,7 @@ def arrange(
     order = np.argsort(positions @ axes[2], kind="stable")
     ordered, positions = tuple(slices[i] for i in order), positions[order]
     step = _step(positions @ axes[2], ordered, thickness, name)
-    rows_mm, columns_mm = slices[0].pixel_spacing or (0.0, 0.0)
+    rows_mm, columns_mm = _pixel_spacing(slices, name)
     _check_straight(positions, axes, min(rows_mm, columns_mm), ordered, name)
     affine = np.eye(4)
     affine[:3, :3] = (axes * [[columns_mm], [rows_mm], [step]]).T
@@ -79,6 +80,19 @@ def _check_stated(slices: Sequence[Slice], name: str) -> None:
                 lacking[0],
                 "Choose another series with --series: this may be a report or capture.",
             )
+
+
+def _pixel_spacing(slices: Sequence[Slice], name: str) -> tuple[float, ...]:
+    spacing = slices[0].pixel_spacing or ()
+    if min(spacing) <= 0:
+        raise _error(
+            f"{name} has an unusable pixel spacing",
+            "sizes in mm above 0",
+            " and ".join(f"{size:g}" for size in spacing),
+            slices[0],
+            "Export the series again.",
+        )
+    return spacing
 
 
 def _rounded(values: Sequence[float] | None, digits: int) -> tuple[float, ...]:

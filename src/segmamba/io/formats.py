@@ -11,8 +11,8 @@ from isal import isal_zlib
 
 from segmamba.errors import ConfigError, FormatError, describe
 
-SCAN_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
-"""Endings of the files that can be read."""
+SCAN_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+"""Endings of the files that can be read and written."""
 
 Format = Literal["nifti", "nrrd", "mha"]
 
@@ -106,7 +106,7 @@ def read_head(path: Path, size: int = _HEAD_BYTES) -> bytes:
     try:
         with path.open("rb") as file:
             head = file.read(size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         _raise_unreadable(path, error)
     if not head:
         raise TruncatedFileError(
@@ -166,7 +166,7 @@ def detect_format(path: Path, head: bytes) -> Format:
     raise FakeFileError(
         describe(
             "not a scan",
-            expected="NIfTI, NRRD or MHA",
+            expected="NIfTI, NRRD, MHA or MHD",
             found=seems,
             file=path,
             remedy=remedy,
@@ -215,13 +215,13 @@ def _is_text(head: bytes) -> bool:
     return not any(byte < 32 and byte not in b"\t\r\n\f" for byte in head)
 
 
-def _raise_unreadable(path: Path, error: OSError) -> NoReturn:
+def _raise_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
     target = str(path.readlink()) if path.is_symlink() else ""
     if "annex" in target and "objects" in target:
         raise FakeFileError(
             describe(
                 "not a scan",
-                expected="NIfTI, NRRD or MHA",
+                expected="NIfTI, NRRD, MHA or MHD",
                 found="a git-annex link without its content",
                 file=path,
                 remedy="Run `git annex get` on it.",
@@ -231,7 +231,7 @@ def _raise_unreadable(path: Path, error: OSError) -> NoReturn:
         describe(
             "can't open a scan",
             expected="a readable file",
-            found=error.strerror or type(error).__name__,
+            found=getattr(error, "strerror", None) or error,
             file=path,
             remedy="Check the path and the rights.",
         )

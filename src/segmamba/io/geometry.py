@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from segmamba.types import FloatArray
 
 GRID_TOLERANCE_VOXELS = 0.1
 """Two grids count as one if no corner differs by more than this."""
+
+SMALLEST_MM, LARGEST_MM = 1e-6, 1e6
+"""Voxels of no scan are smaller or larger than this."""
 
 _SMALLEST_VOLUME_RATIO = 1e-6
 
@@ -28,18 +32,43 @@ def checked_affine(affine: object, path: Path | None = None) -> FloatArray:
         The affine, (4, 4), float64.
 
     Raises:
-        GeometryError: It isn't (4, 4), not finite, or singular.
+        GeometryError: It isn't (4, 4), not finite, or singular, or its voxels are
+            too small or too large for a scan's.
     """
     matrix = np.asarray(affine, np.float64)
     if matrix.shape != (4, 4):
         _refuse("bad affine", "shape (4, 4)", matrix.shape, path)
     if not np.isfinite(matrix).all():
         _refuse("the affine holds NaN or infinity", "finite numbers", matrix, path)
-    norms = np.linalg.norm(matrix[:3, :3], axis=0)
-    volume = abs(np.linalg.det(matrix[:3, :3]))
-    if not norms.all() or volume < _SMALLEST_VOLUME_RATIO * norms.prod():
+    with np.errstate(all="ignore"):  # numbers near the ends of their range
+        norms = np.linalg.norm(matrix[:3, :3], axis=0)
+        ratio = abs(np.linalg.det(matrix[:3, :3] / norms))
+    if not ratio >= _SMALLEST_VOLUME_RATIO:  # or not a number
         _refuse("the affine is singular", "three independent axes", matrix, path)
+    if norms.min() < SMALLEST_MM or norms.max() > LARGEST_MM:
+        limits = f"{SMALLEST_MM:g} to {LARGEST_MM:g} mm"
+        _refuse("the voxels have an impossible size", limits, norms, path)
     return matrix
+
+
+def checked_sizes(sizes: Any, path: Path | None = None) -> FloatArray:
+    """Give the voxel sizes that a header states, or refuse them.
+
+    Args:
+        sizes: Distances between voxels in mm, any number of them.
+        path: The file, for the error.
+
+    Returns:
+        The same, float64.
+
+    Raises:
+        GeometryError: One is zero, negative or not finite: where such a voxel lies
+            can't be told, and a sign says nothing reliable of a direction.
+    """
+    values = np.asarray(sizes, np.float64)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        _refuse("a voxel size is unusable", "sizes in mm above 0", values, path)
+    return values
 
 
 def _refuse(problem: str, expected: str, found: object, path: Path | None) -> None:

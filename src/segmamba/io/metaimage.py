@@ -1,4 +1,4 @@
-"""MetaImage in one file (.mha), as ITK writes it."""
+"""MetaImage in one file (.mha) or two (.mhd and its voxels), as ITK writes it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
+from segmamba.atomic import atomic_path, flush_file
 from segmamba.errors import SegMambaError
-from segmamba.io.geometry import checked_affine
+from segmamba.io.geometry import checked_affine, checked_sizes
 from segmamba.io.inflation import ZLIB
 from segmamba.io.texthead import (
     LPS_TO_RAS,
@@ -44,7 +45,7 @@ _LAST_FIELD = b"ElementDataFile"
 
 
 def read_metaimage_header(path: Path) -> TextHeader:
-    """Read the header of an MHA file.
+    """Read the header of an MHA or MHD file.
 
     Args:
         path: The file.
@@ -54,20 +55,20 @@ def read_metaimage_header(path: Path) -> TextHeader:
 
     Raises:
         FormatError: The header is broken, claims more voxels than the file can hold,
-            or keeps them in another file.
+            or keeps them elsewhere than in one file beside it.
         GeometryError: The axes or spacings can't place voxels.
     """
     head = read_text_head(path, _LAST_FIELD)
-    match = re.search(rb"^ElementDataFile[^\n]*\n", head, re.MULTILINE)
+    match = re.search(rb"^ElementDataFile[^\n]*(\n|\Z)", head, re.MULTILINE)
     if match is None:
         raise bad_text_header(path, "a line ElementDataFile", "its beginning only")
     text = head[: match.end()].decode("latin-1")
     pairs = re.findall(r"^(\w+) *=([^\r\n]*)", text, re.MULTILINE)
     fields = {name.lower(): value.strip() for name, value in pairs}
-    if fields.get("elementdatafile", "").upper() != "LOCAL":
-        raise bad_text_header(path, "header and voxels in one file", "them apart")
+    voxels = _voxels_file(path, fields.get("elementdatafile", ""))
+    end = match.end() if voxels == path else 0
     try:
-        header = _parse(path, fields, match.end())
+        header = _parse(path, fields, voxels, end)
     except SegMambaError:
         raise
     except (KeyError, ValueError, IndexError, OverflowError) as error:
@@ -77,7 +78,20 @@ def read_metaimage_header(path: Path) -> TextHeader:
     return header
 
 
-def _parse(path: Path, fields: dict[str, str], end: int) -> TextHeader:
+def _voxels_file(path: Path, name: str) -> Path:
+    """Find the file of the voxels; one that lies elsewhere is no part of the scan."""
+    if name.upper() == "LOCAL":
+        return path
+    name = name.encode("latin-1").decode("utf-8", "replace")
+    several = name.upper().startswith("LIST") or "%" in name
+    if not name or several or set(name) & set("/\\:\0") or name in (".", ".."):
+        raise bad_text_header(path, "voxels in one file in the same folder", repr(name))
+    if not path.with_name(name).is_file():
+        raise bad_text_header(path, f"the voxels in {name} beside it", "no such file")
+    return path.with_name(name)
+
+
+def _parse(path: Path, fields: dict[str, str], voxels: Path, end: int) -> TextHeader:
     sizes = tuple(int(word) for word in fields["dimsize"].split())
     channels = int(fields.get("elementnumberofchannels", "1"))
     several = channels != 1
@@ -92,11 +106,20 @@ def _parse(path: Path, fields: dict[str, str], end: int) -> TextHeader:
     return TextHeader(
         sizes=(channels, *sizes) if several else sizes,
         channel_axis=0 if several else (3 if len(sizes) == 4 else None),
-        affine=checked_affine(_affine(fields, len(sizes)), path),
+        affine=checked_affine(_affine(path, fields, len(sizes)), path),
         dtype=np.dtype(order + _CODES[name]),
-        offset=-1 if fields.get("headersize") == "-1" else end,
+        offset=_offset(fields.get("headersize", "0"), end),
         compressed=_is_true(fields.get("compresseddata", "false")),
+        voxels=voxels,
     )
+
+
+def _offset(header_size: str, end: int) -> int:
+    """Give where the voxels begin in their file; -1 means that they end with it."""
+    size = int(header_size)
+    if size < -1:
+        raise ValueError(f"HeaderSize {size}")
+    return size or end
 
 
 _BYTE_ORDERS = ("binarydatabyteordermsb", "elementbyteordermsb")
@@ -113,7 +136,7 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("true", "1", "t")
 
 
-def _affine(fields: dict[str, str], num_axes: int) -> FloatArray:
+def _affine(path: Path, fields: dict[str, str], num_axes: int) -> FloatArray:
     """Compose the affine; row n of TransformMatrix is the direction of axis n."""
     ones, zeros = " ".join("1" * num_axes), " ".join("0" * num_axes)
     unit = " ".join(str(float(x)) for x in np.eye(num_axes).ravel())
@@ -123,7 +146,9 @@ def _affine(fields: dict[str, str], num_axes: int) -> FloatArray:
     if (matrix.size, spacing.size, origin.size) != (num_axes**2, num_axes, num_axes):
         raise ValueError("numbers of TransformMatrix, ElementSpacing or Offset")
     affine = np.eye(4)
-    affine[:3, :3] = matrix.reshape(num_axes, num_axes)[:3, :3].T * spacing[:3]
+    sizes = checked_sizes(spacing[:3], path)
+    with np.errstate(all="ignore"):  # checked afterwards
+        affine[:3, :3] = matrix.reshape(num_axes, num_axes)[:3, :3].T * sizes
     affine[:3, 3] = origin[:3]
     return LPS_TO_RAS @ affine
 
@@ -136,8 +161,34 @@ def write_metaimage(path: Path, array: Array, affine: FloatArray) -> None:
         array: (C, I, J, K); more than one channel become vectors.
         affine: (4, 4), RAS+, mm.
     """
+    body = _compressed(array)
+    path.write_bytes(_head(array, affine, len(body), "LOCAL") + body)
+
+
+def write_metaimage_pair(
+    path: Path, temporary: Path, array: Array, affine: FloatArray
+) -> None:
+    """Write an MHD header to a temporary path, and the voxels beside the final one.
+
+    Args:
+        path: The header's final path; the voxels get its name with the ending zraw.
+        temporary: Where to write the header.
+        array: (C, I, J, K); more than one channel become vectors.
+        affine: (4, 4), RAS+, mm.
+    """
+    voxels, body = path.with_suffix(".zraw"), _compressed(array)
+    with atomic_path(voxels) as file:
+        file.write_bytes(body)
+        temporary.write_bytes(_head(array, affine, len(body), voxels.name))
+        flush_file(temporary)  # what may fail fails before the old voxels are gone
+
+
+def _compressed(array: Array) -> bytes:
     voxels = array.transpose(3, 2, 1, 0).astype(array.dtype.newbyteorder("<"))
-    body = isal_zlib.compress(voxels.tobytes(), wbits=ZLIB)
+    return isal_zlib.compress(voxels.tobytes(), wbits=ZLIB)
+
+
+def _head(array: Array, affine: FloatArray, num_bytes: int, file: str) -> bytes:
     lps = LPS_TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     lines = [
@@ -146,7 +197,7 @@ def write_metaimage(path: Path, array: Array, affine: FloatArray) -> None:
         "BinaryData = True",
         "BinaryDataByteOrderMSB = False",
         "CompressedData = True",
-        f"CompressedDataSize = {len(body)}",
+        f"CompressedDataSize = {num_bytes}",
         f"TransformMatrix = {join_numbers((lps[:3, :3] / spacing).T.ravel())}",
         f"Offset = {join_numbers(lps[:3, 3])}",
         "CenterOfRotation = 0 0 0",
@@ -154,6 +205,6 @@ def write_metaimage(path: Path, array: Array, affine: FloatArray) -> None:
         "DimSize = " + " ".join(str(size) for size in array.shape[1:]),
         *([f"ElementNumberOfChannels = {len(array)}"] if len(array) > 1 else []),
         f"ElementType = {_NAMES[array.dtype.str[1:]]}",
-        "ElementDataFile = LOCAL",
+        f"ElementDataFile = {file}",
     ]
-    path.write_bytes(("\n".join(lines) + "\n").encode("ascii") + body)
+    return ("\n".join(lines) + "\n").encode()

@@ -12,13 +12,17 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
-from segmamba.errors import FormatError, describe
+from segmamba.errors import FormatError, SegMambaError, describe
 from segmamba.io.formats import (
     GZIP_MAGIC,
     MAX_INFLATION,
     TruncatedFileError,
 )
-from segmamba.io.geometry import checked_affine
+from segmamba.io.geometry import (
+    checked_affine,
+    checked_sizes,
+    describe_grid_difference,
+)
 from segmamba.io.inflation import inflate, too_short
 from segmamba.types import Array, FloatArray, Size3
 
@@ -40,6 +44,8 @@ class NiftiHeader:
     intercept: float
     raw: Nifti1Header
     """All of it, for writing a file alike."""
+    notes: tuple[str, ...] = ()
+    """Where the header contradicts itself, and what was believed."""
 
     @property
     def is_scaled(self) -> bool:
@@ -77,15 +83,17 @@ def parse_nifti_header(path: Path, head: bytes) -> NiftiHeader:
         raise _bad_header(path, "integers or real numbers", f"{dtype} voxels")
     size, channels = _split_channels(path, shape)
     slope, intercept = _scaling(path, raw)
+    affine = _affine(path, raw)
     return NiftiHeader(
         shape=size,
         channels=channels,
-        affine=_affine(path, raw),
+        affine=affine,
         dtype=dtype,
         offset=_data_offset(path, raw),
         slope=slope,
         intercept=intercept,
         raw=raw,
+        notes=_contradictions(size, affine, raw),
     )
 
 
@@ -157,15 +165,49 @@ def _data_offset(path: Path, raw: Nifti1Header) -> int:
 
 def _affine(path: Path, raw: Nifti1Header) -> FloatArray:
     """Take the sform if it has a code, else the qform, else the voxel sizes."""
+    if int(raw["sform_code"]) > 0:
+        return checked_affine(raw.get_sform(), path)
+    checked_sizes(raw["pixdim"][1:4], path)
+    return checked_affine(_unsheared(path, raw), path)
+
+
+def _unsheared(path: Path, raw: Nifti1Header) -> FloatArray:
+    """Compose the qform if it has a code, else what the voxel sizes alone say."""
     fixed = raw.copy()
-    fixed["pixdim"][1:4] = np.abs(fixed["pixdim"][1:4])
+    fixed["sform_code"] = 0
     if fixed["pixdim"][0] not in (-1, 1):
         fixed["pixdim"][0] = 1  # the standard: "if 0, use 1"
     try:
-        affine = fixed.get_best_affine()
+        with np.errstate(all="ignore"):  # checked afterwards
+            return np.asarray(fixed.get_best_affine(), np.float64)
     except (HeaderDataError, ValueError, FloatingPointError) as error:
         raise _bad_header(path, "a valid qform", str(error)) from error
-    return checked_affine(affine, path)
+
+
+def _contradictions(
+    shape: Size3, affine: FloatArray, raw: Nifti1Header
+) -> tuple[str, ...]:
+    """Compare what places the voxels with what else the header says of them."""
+    if int(raw["sform_code"]) <= 0:
+        return ()
+    notes = []
+    stated, true = raw["pixdim"][1:4], np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(stated, true, rtol=1e-2, atol=1e-4):
+        found = f"{_mm(stated)} in pixdim, {_mm(true)} in the sform"
+        notes.append(f"voxel sizes contradict each other: {found}, which counts")
+    try:
+        qform = checked_affine(_unsheared(Path(), raw))
+    except SegMambaError:
+        return tuple(notes)
+    if int(raw["qform_code"]) > 0:
+        difference = describe_grid_difference(shape, affine, shape, qform)
+        if difference is not None:
+            notes.append(f"sform and qform differ: {difference}; the sform counts")
+    return tuple(notes)
+
+
+def _mm(sizes: Any) -> str:
+    return " x ".join(f"{float(size):.4g}" for size in sizes) + " mm"
 
 
 def read_nifti(path: Path, header: NiftiHeader) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from isal import isal_zlib
 
 from segmamba.errors import SegMambaError
-from segmamba.io.geometry import checked_affine
+from segmamba.io.geometry import checked_affine, checked_sizes
 from segmamba.io.inflation import GZIP
 from segmamba.io.texthead import (
     LPS_TO_RAS,
@@ -93,10 +93,11 @@ def _parse(path: Path, fields: dict[str, str], head: bytes, end: int) -> TextHea
     return TextHeader(
         sizes=sizes,
         channel_axis=channel_axis,
-        affine=checked_affine(_affine(fields, len(sizes), channel_axis), path),
+        affine=checked_affine(_affine(path, fields, len(sizes), channel_axis), path),
         dtype=np.dtype(order + _CODES[name]),
         offset=_offset(fields, head, end),
         compressed=encoding != "raw",
+        voxels=path,
     )
 
 
@@ -135,7 +136,7 @@ def _channel_axis(fields: dict[str, str], num_axes: int) -> int | None:
 
 
 def _affine(
-    fields: dict[str, str], num_axes: int, channel_axis: int | None
+    path: Path, fields: dict[str, str], num_axes: int, channel_axis: int | None
 ) -> FloatArray:
     axes = [axis for axis in range(num_axes) if axis != channel_axis]
     affine = np.eye(4)
@@ -148,7 +149,8 @@ def _affine(
             affine[:3, column] = vector[:3]
     elif "spacings" in fields:
         spacings = numbers(fields["spacings"])
-        affine[:3, :3] = np.diag([spacings[axis] for axis in axes])
+        sizes = checked_sizes([spacings[axis] for axis in axes], path)
+        affine[:3, :3] = np.diag(sizes)
     if "space origin" in fields:
         origin = fields["space origin"].strip("()").split(",")
         affine[:3, 3] = [float(word) for word in origin][:3]

@@ -14,7 +14,7 @@ from segmamba.atomic import atomic_path
 from segmamba.errors import FormatError, GeometryError, describe
 from segmamba.io.formats import FakeFileError, detect_format, read_head, scan_suffix
 from segmamba.io.geometry import checked_affine
-from segmamba.io.metaimage import write_metaimage
+from segmamba.io.metaimage import write_metaimage, write_metaimage_pair
 from segmamba.io.nifti import NiftiHeader, parse_nifti_header
 from segmamba.io.nrrd import write_nrrd
 from segmamba.io.volume import Volume
@@ -139,6 +139,8 @@ def _write(path: Path, array: Array, affine: FloatArray, like: Path | None) -> N
                 write_nrrd(temporary, array, affine)
             elif suffix == ".mha":
                 write_metaimage(temporary, array, affine)
+            elif suffix == ".mhd":
+                write_metaimage_pair(path, temporary, array, affine)
             else:
                 data = _nifti_bytes(array, affine, _like_header(like))
                 if suffix == ".nii.gz":

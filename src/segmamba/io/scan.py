@@ -35,6 +35,8 @@ class VolumeHeader:
     """Number type that `read_volume` gives."""
     path: Path
     """The file."""
+    notes: tuple[str, ...] = ()
+    """Where the header contradicts itself, and what was believed."""
 
     @property
     def spacing_mm(self) -> Spacing3:
@@ -47,7 +49,7 @@ def read_header(path: Path | str) -> VolumeHeader:
     """Read a scan's header, and only that.
 
     Args:
-        path: A NIfTI, NRRD or MHA file; the content decides, not the name.
+        path: A NIfTI, NRRD, MHA or MHD file; the content decides, not the name.
 
     Returns:
         The header.
@@ -58,60 +60,86 @@ def read_header(path: Path | str) -> VolumeHeader:
     """
     path = Path(path)
     header = _open(path)
+    dtype, notes = header.dtype, ()
     if isinstance(header, NiftiHeader):
         check_size(path, header)
-        dtype = np.dtype(np.float64) if header.is_scaled else header.dtype
-    else:
-        dtype = header.dtype
+        dtype = np.dtype(np.float64) if header.is_scaled else dtype
+        notes = header.notes
     return VolumeHeader(
         shape=header.shape,
         channels=header.channels,
         affine=header.affine,
         dtype=dtype.newbyteorder("="),
         path=path,
+        notes=notes,
     )
 
 
-def read_volume(path: Path | str, *, dtype: npt.DTypeLike | None = None) -> Volume:
+def read_volume(
+    path: Path | str,
+    *,
+    dtype: npt.DTypeLike | None = None,
+    frame: int | None = None,
+) -> Volume:
     """Read a scan of any known format.
 
     Args:
-        path: A NIfTI, NRRD or MHA file; the content decides, not the name. A fourth
-            axis becomes channels.
+        path: A NIfTI, NRRD, MHA or MHD file; the content decides, not the name.
         dtype: Number type wanted; None keeps the file's (float64 if the header scales).
             An integer type is only given where it holds every voxel exactly.
+        frame: Which of the fourth axis to read, from 0, as a volume of one channel;
+            None makes all of them channels.
 
     Returns:
         The volume: (C, I, J, K) and its affine (RAS+, mm). The first spatial axis lies
         densest in memory, as in the file.
 
     Raises:
-        FormatError: The file is missing, no scan, truncated, or its voxels don't fit
-            `dtype`.
+        FormatError: The file is missing, no scan, truncated, lacks the frame, or its
+            voxels don't fit `dtype`.
         GeometryError: The affine is not finite or singular.
     """
     path = Path(path)
     wanted = None if dtype is None else np.dtype(dtype)
     header = _open(path)
-    if isinstance(header, NiftiHeader):
-        stored = read_nifti(path, header)
-        if header.is_scaled:
-            array = _scale(stored, header, wanted, path)
-        else:
-            array = _convert(stored, wanted, path)
+    if frame is not None:
+        _check_frame(frame, header.channels, path)
+    is_nifti = isinstance(header, NiftiHeader)
+    stored = read_nifti(path, header) if is_nifti else read_text_voxels(header)
+    if frame is not None:
+        stored = stored[frame : frame + 1]
+    if is_nifti and header.is_scaled:
+        array = _scale(stored, header, wanted, path)
     else:
-        array = _convert(read_text_voxels(path, header), wanted, path)
+        array = _convert(stored, wanted, path)
     return Volume(array=array, affine=header.affine, path=path)
 
 
+def _check_frame(frame: int, count: int, path: Path) -> None:
+    if not 0 <= frame < count:
+        raise FormatError(
+            describe(
+                "a scan has no such frame",
+                expected=f"0 to {count - 1}",
+                found=frame,
+                file=path,
+            )
+        )
+
+
 def read_case(
-    images: Sequence[Path | str], *, dtype: npt.DTypeLike = np.float32
+    images: Sequence[Path | str],
+    *,
+    dtype: npt.DTypeLike = np.float32,
+    frame: int | None = None,
 ) -> Volume:
     """Read all channels of a case into one volume.
 
     Args:
         images: One file per channel, or fewer files that hold several (4D).
         dtype: Number type of the result.
+        frame: Which of the fourth axis to read, from 0: then each file is a channel.
+            None makes the fourth axis channels.
 
     Returns:
         The volume, with the first file's affine: (C, I, J, K), channels in the order of
@@ -128,17 +156,17 @@ def read_case(
     headers = [read_header(path) for path in images]
     check_same_grid(headers)
     if len(headers) == 1:
-        return read_volume(headers[0].path, dtype=dtype)
-    channels = sum(header.channels for header in headers)
+        return read_volume(headers[0].path, dtype=dtype, frame=frame)
+    counts = [1 if frame is not None else header.channels for header in headers]
+    channels = sum(counts)
     # The first spatial axis lies densest, as in the files: no transposed copying.
     shape = (channels, *headers[0].shape[::-1])
     array = np.empty(shape, dtype).transpose(0, 3, 2, 1)
     first = 0
-    for header in headers:
-        array[first : first + header.channels] = read_volume(
-            header.path, dtype=dtype
-        ).array
-        first += header.channels
+    for header, count in zip(headers, counts, strict=True):
+        part = read_volume(header.path, dtype=dtype, frame=frame)
+        array[first : first + count] = part.array
+        first += count
     return Volume(array=array, affine=headers[0].affine, path=headers[0].path)
 
 

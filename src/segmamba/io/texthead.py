@@ -1,4 +1,4 @@
-"""Formats whose header is text in front of the voxels: what NRRD and MHA share."""
+"""Formats whose header is text: what NRRD, MHA and MHD share."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class TextHeader:
     offset: int
     """Bytes in front of the voxels; -1 if they are the file's last bytes."""
     compressed: bool
+    voxels: Path
+    """The file that holds them: the header's own, or one beside it."""
 
     @property
     def shape(self) -> Size3:
@@ -75,12 +77,15 @@ def read_text_head(path: Path, end: bytes) -> bytes:
     Raises:
         FormatError: The header doesn't end, or the whole file is gzip.
     """
-    with path.open("rb") as file:
-        head = file.read(_FIRST_LOOK)
-        if head[:2] == GZIP_MAGIC:
-            raise bad_text_header(path, "the file itself", "it packed by gzip")
-        if end not in head.replace(b"\r\n", b"\n"):
-            head += file.read(_LONGEST_HEADER)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_FIRST_LOOK)
+            if end not in head.replace(b"\r\n", b"\n"):
+                head += file.read(_LONGEST_HEADER)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    if head[:2] == GZIP_MAGIC:
+        raise bad_text_header(path, "the file itself", "it packed by gzip")
     if end not in head.replace(b"\r\n", b"\n"):
         raise bad_text_header(path, "a header with an end", "none")
     return head
@@ -95,20 +100,23 @@ def check_text_size(path: Path, header: TextHeader) -> None:
 
     Raises:
         TruncatedFileError: It is too small.
+        FormatError: The file beside it that holds the voxels is missing.
     """
-    found = path.stat().st_size - max(header.offset, 0)
+    try:
+        found = header.voxels.stat().st_size - max(header.offset, 0)
+    except OSError as error:
+        raise _cannot_read(header.voxels, error) from error
     most = found * MAX_INFLATION if header.compressed else found
     if most < header.num_bytes:
         phrase = f"{found} compressed bytes" if header.compressed else found
         raise too_short(path, header.num_bytes, phrase)
 
 
-def read_text_voxels(path: Path, header: TextHeader) -> Array:
+def read_text_voxels(header: TextHeader) -> Array:
     """Read the voxels behind a text header.
 
     Args:
-        path: The file.
-        header: Its header.
+        header: What its header says.
 
     Returns:
         (C, I, J, K), with the file's number type and byte order, not writable.
@@ -116,16 +124,17 @@ def read_text_voxels(path: Path, header: TextHeader) -> Array:
     Raises:
         FormatError: The file ends early or is damaged.
     """
+    path = header.voxels
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FormatError(
-            describe("can't read a scan", found=error.strerror, file=path)
-        ) from error
+        raise _cannot_read(path, error) from error
     start = header.offset if header.offset >= 0 else len(data) - header.num_bytes
-    body: bytes | memoryview = memoryview(data)[start:]
+    body: bytes | memoryview = memoryview(data)[max(start, 0) :]
     if header.compressed:
         body = inflate(path, body, header.num_bytes)
+    elif len(body) < header.num_bytes:  # it shrank since its size was looked at
+        raise too_short(path, header.num_bytes, len(body))
     flat = np.frombuffer(body, header.dtype, math.prod(header.sizes))
     last = len(header.sizes) - 1
     array = flat.reshape(header.sizes[::-1])
@@ -151,6 +160,17 @@ def bad_text_header(path: Path, expected: str, found: object) -> FormatError:
             found=found,
             file=path,
             remedy="Convert the file from its source again.",
+        )
+    )
+
+
+def _cannot_read(path: Path, error: OSError) -> FormatError:
+    return FormatError(
+        describe(
+            "can't read a scan",
+            found=error.strerror or type(error).__name__,
+            file=path,
+            remedy="Check the path and the rights.",
         )
     )
 
