@@ -13,7 +13,7 @@ from segmamba import workflow
 from segmamba.config import TrainConfig
 from segmamba.errors import BackendUnavailableError
 from segmamba.inference import predictor
-from segmamba.ops import backends
+from segmamba.ops import backends, instance_norm, norm
 from segmamba.ops._cuda import nvrtc
 from segmamba.ops.backends import (
     automatic_backend,
@@ -109,6 +109,28 @@ def test_other_gpus_take_chunked(machine, monkeypatch):
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_other_devices_take_chunked_without_a_reason(machine, kind):
     assert automatic_backend(torch.device(kind)) == ("chunked", "")
+
+
+def test_the_norm_takes_the_same_path(machine):
+    x = torch.randn(1, 2, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
+    assert norm._takes_cuda(GpuTensor(x), None, "auto")
+    machine.without_nvrtc()
+    assert "NVRTC" in norm._why_not_cuda(GpuTensor(x), None)
+    assert not norm._takes_cuda(GpuTensor(x), None, "auto")
+    assert instance_norm(x).shape == x.shape
+
+
+class GpuTensor:
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+    device = GPU
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getattr__(self, name):
+        return getattr(self.x, name)
 
 
 def info():

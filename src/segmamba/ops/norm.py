@@ -12,7 +12,7 @@ from segmamba.errors import (
     GeometryError,
     describe,
 )
-from segmamba.ops.backends import triton_is_interpreted, triton_status
+from segmamba.ops.backends import why_not_on
 
 SLOPE = 0.01
 """Negative slope of the leaky ReLU."""
@@ -22,7 +22,7 @@ _JOINS = ("before", "normed", "after")
 _NORMED, _AFTER = 2, 3
 """Numbers of joins for the operator below; 0 is no residual."""
 
-_BACKENDS = ("auto", "reference", "triton")
+_BACKENDS = ("auto", "reference", "cuda")
 _CHANNELS_LAST = torch.channels_last_3d
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CHANNELS = 4096
@@ -54,7 +54,7 @@ def instance_norm(
         join: How the residual is added; see above.
         slope: Negative slope of the leaky ReLU.
         eps: Added to the variance.
-        backend: "auto", "reference" (PyTorch) or "triton" (one read for the statistics,
+        backend: "auto", "reference" (PyTorch) or "cuda" (one read for the statistics,
             one read and one write for the rest, of channels-last tensors on a GPU; its
             backward keeps x and the residual only).
 
@@ -69,13 +69,15 @@ def instance_norm(
     """
     _check_names(activation, join, backend)
     _check_shapes(x, residual)
-    if not _takes_triton(x, residual, backend):
+    if not _takes_cuda(x, residual, backend):
         return _reference(x, activation, residual, join, slope, eps)
-    factor = {None: 1.0, "relu": 0.0, "leaky_relu": slope}[activation]
+    factor = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
     code = 0 if residual is None else 1 + _JOINS.index(join)
     if residual is not None:
         residual = residual.contiguous(memory_format=_CHANNELS_LAST)
-    return fused_norm(x, residual, code, factor, eps)[0]
+    if torch.compiler.is_compiling() or type(x) not in _EAGER:
+        return fused_norm(x, residual, code, factor, float(eps))[0]
+    return _eager(x, residual, code, factor, float(eps))
 
 
 def _check_names(activation: str | None, join: str, backend: str) -> None:
@@ -167,54 +169,110 @@ def _normalised_channels_last(x: Tensor, eps: float) -> Tensor:
 # --- the fused one --------------------------------------------------------------------
 
 
-def _takes_triton(x: Tensor, residual: Tensor | None, backend: str) -> bool:
+def _takes_cuda(x: Tensor, residual: Tensor | None, backend: str) -> bool:
     if backend == "reference" or (backend == "auto" and not x.is_cuda):
         return False
-    reason = _why_not_triton(x, residual)
-    if reason and backend == "triton":
+    reason = _why_not_cuda(x, residual)
+    if reason and backend == "cuda":
         raise BackendUnavailableError(
             describe(
-                f"the triton back end can't run this: {reason}",
+                f"the cuda back end can't run this: {reason}",
                 remedy='Use backend="auto" or backend="reference".',
             )
         )
     return not reason
 
 
-def _why_not_triton(x: Tensor, residual: Tensor | None) -> str:
-    tensors = [x] if residual is None else [x, residual]
-    if not (x.is_cuda or _is_interpreted()):
-        return f"it needs tensors on a GPU, and these are on {x.device}"
-    if any(tensor.dtype not in _TYPES for tensor in tensors):
+def _why_not_cuda(x: Tensor, residual: Tensor | None) -> str:
+    if x.dtype not in _TYPES or (residual is not None and residual.dtype not in _TYPES):
         return "it takes float32, bfloat16 and float16"
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):
         return "it needs features in torch.channels_last_3d"
     if x.shape[1] > _MAX_CHANNELS:
         return f"it takes at most {_MAX_CHANNELS} channels"
-    return "" if _status() == "available" else _status()
+    return why_not_on(x.device)
 
 
-# What these answer stays the same while a program runs; compilers needn't trace them.
+def _result_type(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-@torch.compiler.assume_constant_result
-def _status() -> str:
-    return triton_status()
+def _forward(
+    x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    from segmamba.ops._cuda import norm
+
+    return norm.norm(x, residual, join, slope, eps, _result_type(x, residual))
 
 
-@torch.compiler.assume_constant_result
-def _is_interpreted() -> bool:
-    return triton_is_interpreted()
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    join: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    from segmamba.ops._cuda import norm
+
+    return norm.norm_backward(grad, x, residual, stats, join, slope)
+
+
+def _keep(ctx, x: Tensor, residual: Tensor | None, stats: Tensor) -> None:
+    """Keep what `_gradients` needs; `ctx` has join and slope."""
+    after = residual if ctx.join == _AFTER else None
+    ctx.after_type = None if after is None else after.dtype
+    ctx.save_for_backward(x, residual if after is None else None, stats)
+
+
+def _gradients(ctx, grad: Tensor, backward) -> tuple[Tensor | None, ...]:
+    x, residual, stats = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    grad_x, grad_residual = backward(grad, x, residual, stats, ctx.join, ctx.slope)
+    if ctx.join == _AFTER:
+        return grad_x, grad.to(ctx.after_type), None, None, None
+    return grad_x, None if residual is None else grad_residual, None, None, None
+
+
+# --- without a compiler ---------------------------------------------------------------
+
+# The operators below cost the host 40 microseconds a call that this doesn't.
+
+_EAGER = (Tensor, torch.nn.Parameter)
+
+
+def _eager(
+    x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
+) -> Tensor:
+    wanted = x.requires_grad or (residual is not None and residual.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        return _FusedNorm.apply(x, residual, join, slope, eps)
+    return _forward(x, residual, join, slope, eps)[0]
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, join, slope, eps):
+        y, stats = _forward(x, residual, join, slope, eps)
+        ctx.join, ctx.slope = join, slope
+        _keep(ctx, x, residual, stats)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _backward)
+
+
+# --- for compilers --------------------------------------------------------------------
 
 
 @torch.library.custom_op("segmamba::fused_norm", mutates_args=())
 def fused_norm(
     x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalise, join a residual, activate; as `_triton.norm.norm`."""
-    from segmamba.ops._triton import norm
-
-    return norm.norm(x, residual, join, slope, eps, _result_type(x, residual))
+    """Normalise, join a residual, activate; as `_cuda.norm.norm`."""
+    return _forward(x, residual, join, slope, eps)
 
 
 @fused_norm.register_fake
@@ -222,10 +280,6 @@ def _(x, residual, join, slope, eps):
     kinds = 4 if join == _NORMED else 2
     stats = x.new_empty((*x.shape[:1], kinds, x.shape[1]), dtype=torch.float32)
     return torch.empty_like(x, dtype=_result_type(x, residual)), stats
-
-
-def _result_type(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 @torch.library.custom_op("segmamba::fused_norm_backward", mutates_args=())
@@ -237,10 +291,8 @@ def fused_norm_backward(
     join: int,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `fused_norm`; as `_triton.norm.norm_backward`."""
-    from segmamba.ops._triton import norm
-
-    return norm.norm_backward(grad, x, residual, stats, join, slope)
+    """Gradients of `fused_norm`; as `_cuda.norm.norm_backward`."""
+    return _backward(grad, x, residual, stats, join, slope)
 
 
 @fused_norm_backward.register_fake
@@ -251,19 +303,11 @@ def _(grad, x, residual, stats, join, slope):
 
 def _norm_context(ctx, inputs, output):
     x, residual, ctx.join, ctx.slope, _ = inputs
-    ctx.after_type = residual.dtype if ctx.join == _AFTER else None
-    ctx.save_for_backward(x, None if ctx.join == _AFTER else residual, output[1])
+    _keep(ctx, x, residual, output[1])
 
 
 def _norm_gradients(ctx, grad, grad_stats):
-    x, residual, stats = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
-    grad_x, grad_residual = fused_norm_backward(
-        grad, x, residual, stats, ctx.join, ctx.slope
-    )
-    if ctx.join == _AFTER:
-        return grad_x, grad.to(ctx.after_type), None, None, None
-    return grad_x, None if residual is None else grad_residual, None, None, None
+    return _gradients(ctx, grad, fused_norm_backward)
 
 
 fused_norm.register_autograd(_norm_gradients, setup_context=_norm_context)
