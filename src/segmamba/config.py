@@ -241,8 +241,8 @@ class TrainConfig:
     """Seconds between saves of the state to resume from."""
     patience: int | None = None
     """Stop after so many validations without a better score; None never does."""
-    workers: int = 1
-    """Threads that prepare batches ahead."""
+    workers: int | None = None
+    """Threads that prepare batches ahead; None takes 4 beside a GPU, 1 otherwise."""
     snapshots: int = 0
     """Weights to keep from the second half of the training, as samples for
     `segmamba predict --uncertainty --snapshots`."""

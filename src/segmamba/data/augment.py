@@ -53,7 +53,7 @@ class Batch:
     """Training patches, as the sampler gives and `augment` changes them."""
 
     image: Tensor
-    """(B, C, D, H, W) float32."""
+    """(B, C, D, H, W): float32, or float16 as the sampler reads it from the cache."""
     label: Tensor
     """(B, D, H, W) int16, the data set's own integers."""
     spatial: SpatialDraw | None = None
@@ -118,8 +118,8 @@ def augment(
         generator_seed: The result is a function of the batch and this.
 
     Returns:
-        A new batch of shape (B, C, *patch_size) and (B, *patch_size); the given one is
-        left as it was.
+        A new batch of shape (B, C, *patch_size), float32, and (B, *patch_size); the
+        given one is left as it was.
     """
     count, channels = batch.image.shape[:2]
     drawn = draw(config, count, channels, patch_size, generator_seed)
@@ -254,11 +254,13 @@ def apply_spatial(
         drawn: Matrices and positions.
 
     Returns:
-        New tensors (B, C, *patch_size) and (B, *patch_size).
+        New tensors (B, C, *patch_size), float32 (or float64 as given), and
+        (B, *patch_size).
     """
     size = np.asarray(patch_size)
     count, channels, *shape = batch.image.shape
-    image = batch.image.new_empty((count, channels, *patch_size))
+    dtype = torch.promote_types(batch.image.dtype, torch.float32)
+    image = batch.image.new_empty((count, channels, *patch_size), dtype=dtype)
     label = batch.label.new_empty((count, *patch_size))
     # A tensor larger than the patch by an odd number has its middle between voxels.
     middle = (size - 1) / 2 + (np.asarray(shape) - size) // 2
@@ -267,7 +269,7 @@ def apply_spatial(
         source, target = batch.image[index], batch.label[index]
         if drawn.active[index]:
             how = (drawn.matrices[index], center, patch_size)
-            image[index] = transforms.sample_affine(source, *how)
+            image[index] = transforms.sample_affine(source.to(dtype), *how)
             label[index] = transforms.sample_affine_labels(target, *how)
         else:
             begin = np.round(center - (size - 1) / 2).astype(int)

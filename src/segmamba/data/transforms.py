@@ -227,12 +227,13 @@ def _grid(
 def _foreground_box(label: Tensor) -> tuple[list[int], list[int]] | None:
     present = label != 0
     columns = present.any(0)
-    lines = (present.flatten(1).any(1), columns.any(1), columns.any(0))
-    where = [line.nonzero().flatten() for line in lines]
-    if where[0].numel() == 0:
+    lines = torch.cat([present.flatten(1).any(1), columns.any(1), columns.any(0)])
+    # One copy to the CPU: each makes a GPU's thread wait.
+    found = np.split(lines.cpu().numpy(), np.cumsum(label.shape)[:2])
+    spans = [np.flatnonzero(line) for line in found]
+    if len(spans[0]) == 0:
         return None
-    ends = [(int(line[0]), int(line[-1]) + 1) for line in where]
-    return [a for a, _ in ends], [b for _, b in ends]
+    return [int(span[0]) for span in spans], [int(span[-1]) + 1 for span in spans]
 
 
 def _reached_box(
@@ -272,7 +273,7 @@ def _vote(label: Tensor, matrix: Array, center: Array, size: Size3) -> Tensor:
 def _values(label: Tensor) -> list[int]:
     lowest = int(label.min())
     counts = torch.bincount(label.flatten().int() - lowest)
-    return [int(value) + lowest for value in counts.nonzero().flatten()]
+    return (np.flatnonzero(counts.cpu().numpy()) + lowest).tolist()
 
 
 def _blur_axis(volume: Tensor, axis: int, sigma: float, radius: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,9 @@ from segmamba.io.nrrd import read_nrrd_header
 from segmamba.io.texthead import TextHeader, read_text_voxels
 from segmamba.io.volume import Volume
 from segmamba.types import Array, FloatArray, Size3, Spacing3
+
+_FILES_AT_ONCE = 4
+"""Files of a case that are unpacked at the same time; each is in memory as stored."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +167,16 @@ def read_case(
     # The first spatial axis lies densest, as in the files: no transposed copying.
     shape = (channels, *headers[0].shape[::-1])
     array = np.empty(shape, dtype).transpose(0, 3, 2, 1)
-    first = 0
-    for header, count in zip(headers, counts, strict=True):
-        part = read_volume(header.path, dtype=dtype, frame=frame)
-        array[first : first + count] = part.array
-        first += count
+    stops = itertools.accumulate(counts)
+
+    def fill(path: Path, stop: int, count: int) -> None:
+        part = read_volume(path, dtype=dtype, frame=frame)
+        array[stop - count : stop] = part.array
+
+    # Threads: reading, unpacking and converting let go of Python's lock.
+    with ThreadPoolExecutor(min(len(headers), _FILES_AT_ONCE)) as pool:
+        paths = [header.path for header in headers]
+        list(pool.map(fill, paths, stops, counts))  # raises what the first one raised
     return Volume(array=array, affine=headers[0].affine, path=headers[0].path)
 
 

@@ -34,7 +34,8 @@ def batch_maker(
     device = torch.device(device)
 
     def make_batch(step: int) -> Batch:
-        batch = to_device(sampler.batch(step), device)
+        read = sampler.batch(step, pin_memory=device.type == "cuda")
+        batch = to_device(read, device)
         step_seed = int(generator(seed, step, _AUGMENTATION).integers(2**62))
         return augment(batch, sampler.patch_size, augmentation, step_seed)
 
@@ -45,6 +46,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to a device without making the CPU wait."""
     if batch.image.device == device or batch.image.device.type == device.type == "cpu":
         return batch
-    if device.type == "cuda" and batch.image.device.type == "cpu":
-        batch = batch.pin_memory()
+    if device.type == "cuda" and not batch.image.is_cuda:
+        batch = batch.pin_memory()  # does nothing to what is pinned already
     return batch.to(device, non_blocking=device.type == "cuda")

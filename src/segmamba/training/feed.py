@@ -11,6 +11,9 @@ from segmamba.data.augment import Batch
 from segmamba.training.batches import to_device
 from segmamba.training.prefetch import Prefetcher
 
+GPU_WORKERS = 4
+"""Threads beside a GPU: one in need of a rotation takes several steps' time."""
+
 Made = tuple[Batch, "torch.cuda.Event | None"]
 """A batch, and on a GPU what tells when it is there."""
 
@@ -26,7 +29,8 @@ class Feed:
         device: Where the network trains.
         first_step: The step to start with.
         stop_step: The step before which to stop; None never stops.
-        workers: Threads; 0 makes each batch when it is asked for.
+        workers: Threads; 0 makes each batch when it is asked for, None takes 4 beside
+            a GPU and 1 otherwise.
     """
 
     def __init__(
@@ -35,10 +39,12 @@ class Feed:
         device: torch.device,
         first_step: int = 0,
         stop_step: int | None = None,
-        workers: int = 1,
+        workers: int | None = None,
     ) -> None:
         self._make_batch, self._device = make_batch, device
         self._own = threading.local()
+        if workers is None:
+            workers = GPU_WORKERS if device.type == "cuda" else 1
         self._ahead = Prefetcher(self._make, first_step, stop_step, workers)
 
     def __enter__(self) -> Feed:
