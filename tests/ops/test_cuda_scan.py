@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from segmamba.ops import selective_scan, tri_orientated_scan
-from segmamba.ops._cuda import launch, tri_scan
-from segmamba.ops._primitives import scan_rows, tri_scan_gpu
+from segmamba.ops import mamba_mixer, selective_scan
+from segmamba.ops._cuda import launch, mixer
+from segmamba.ops._primitives import mix_operator, scan_rows
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="too long for the emulator"
@@ -105,11 +105,11 @@ def test_scan_of_any_length(length, shape, dtype, poison):
     check_scan(length, *shape, dtype=dtype)
 
 
-# --- the tri-orientated scan ----------------------------------------------------------
+# --- the mixer ------------------------------------------------------------------------
 
 
-def tri_inputs(length, channels, states, rank, count, batch=1, taps=4):
-    """xz and seven lists with a tensor a direction, float32."""
+def mixer_inputs(length, model, channels, states, rank, count, batch=1, taps=4):
+    """Tokens, both projections, and seven lists with a tensor a direction, float32."""
     random = np.random.default_rng(0)
     shapes = (
         (channels, 1, taps),
@@ -124,81 +124,89 @@ def tri_inputs(length, channels, states, rank, count, batch=1, taps=4):
     def draw(*shape: int) -> Tensor:
         return torch.tensor(random.standard_normal(shape)).to(DEVICE, torch.float32)
 
-    return (
-        draw(batch, length, 2 * channels),
-        [[0.5 * draw(*s) for _ in range(count)] for s in shapes],
-    )
+    return [
+        [draw(batch, length, model)],
+        [draw(2 * channels, model) / model**0.5],
+        [draw(model, channels) / channels**0.5],
+        *([0.5 * draw(*s) for _ in range(count)] for s in shapes),
+    ]
 
 
-def run_tri(xz, parameters, orders, backend, dtype=None) -> list[Tensor]:
+def run_mixer(inputs, orders, backend, dtype=None) -> list[Tensor]:
     """Output, and gradients of a weighted sum of it."""
-    xz = xz.detach().to(dtype or xz.dtype).requires_grad_()
     leaves = [
         [p.detach().to(dtype or p.dtype).requires_grad_() for p in kind]
-        for kind in parameters
+        for kind in inputs
     ]
-    out = tri_orientated_scan(xz, *leaves, orders=orders, backend=backend)
+    single, lists = [kind[0] for kind in leaves[:3]], leaves[3:]
+    out = mamba_mixer(*single, *lists, orders=orders, backend=backend)
     with torch.no_grad():
-        lean = tri_orientated_scan(xz, *leaves, orders=orders, backend=backend)
+        lean = mamba_mixer(*single, *lists, orders=orders, backend=backend)
     assert torch.equal(out, lean), "without gradients"
     weight = torch.tensor(np.random.default_rng(1).standard_normal(out.shape))
-    inputs = [xz, *(p for kind in leaves for p in kind)]
-    found = torch.autograd.grad(out, inputs, weight.to(out.device, out.dtype))
+    flat = [p for kind in leaves for p in kind]
+    found = torch.autograd.grad(out, flat, weight.to(out.device, out.dtype))
     return [out.detach(), *found]
 
 
-def check_tri(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
-    xz, parameters = tri_inputs(length, *sizes, len(orders), batch)
-    xz = xz.to(dtype)
-    found = run_tri(xz, parameters, orders, "cuda")
+def check_mixer(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
+    inputs = mixer_inputs(length, *sizes, len(orders), batch)
+    for kind in inputs[:3]:
+        kind[0] = kind[0].to(dtype)
+    found = run_mixer(inputs, orders, "cuda")
     assert found[0].dtype == dtype
-    wanted = run_tri(xz, parameters, orders, "reference", torch.float64)
+    wanted = run_mixer(inputs, orders, "reference", torch.float64)
     compare(found, wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
     ("length", "sizes", "orders", "batch"),
     [
-        (1, (6, 3, 1), ((1, False), REVERSED), 1),
-        (36, (16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
-        (18, (8, 17, 2), (REVERSED,), 2),
-        (21, (96, 16, 3), (STRIDED,), 2),
-        (18, (160, 16, 5), (REVERSED,), 1),
+        (1, (3, 8, 3, 1), ((1, False), REVERSED), 1),
+        (18, (20, 64, 16, 2), (REVERSED,), 1),
+        (36, (8, 16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
+        (18, (4, 8, 17, 2), (REVERSED,), 2),  # too many states: scan_rows, in slices
+        (18, (4, 6, 16, 2), (REVERSED,), 2),  # no multiple of 8 channels
+        (21, (48, 96, 16, 3), (STRIDED,), 2),
+        (18, (12, 160, 9, 5), (REVERSED,), 1),
     ],
     ids=str,
 )
-def test_tri(length, sizes, orders, batch, poison):
-    check_tri(length, sizes, orders, batch)
+def test_mixer(length, sizes, orders, batch, poison):
+    check_mixer(length, sizes, orders, batch)
 
 
-def test_tri_in_half_precision(poison):
-    check_tri(6, (16, 16, 3), (STRIDED,), dtype=torch.float16)
+def test_mixer_in_half_precision(poison):
+    check_mixer(6, (8, 16, 16, 3), (STRIDED,), dtype=torch.float16)
 
 
-def test_tri_is_the_formula(loops, poison):
+def test_mixer_is_the_formula(loops, poison):
     """Against loops that know nothing of the package."""
-    xz, parameters = tri_inputs(6, 6, 3, 2, 2, batch=2, taps=3)
+    inputs = mixer_inputs(6, 3, 8, 3, 2, 2, batch=2, taps=3)
+    (tokens,), (before,), (after,), *lists = inputs
     orders = (REVERSED, STRIDED)
     with torch.no_grad():
-        out = tri_orientated_scan(xz, *parameters, orders=orders, backend="cuda")
-    arrays = [[p.double().cpu().numpy() for p in kind] for kind in parameters]
-    wanted = loops.tri_scan(xz.double().cpu().numpy(), arrays, orders)
-    compare([out.cpu()], [torch.tensor(wanted)], TOLERANCE[torch.float32])
+        out = mamba_mixer(tokens, before, after, *lists, orders=orders, backend="cuda")
+    arrays = [[p.double().cpu().numpy() for p in kind] for kind in lists]
+    xz = (tokens.double() @ before.double().T).cpu().numpy()
+    wanted = torch.tensor(loops.tri_scan(xz, arrays, orders)) @ after.double().T.cpu()
+    compare([out.cpu()], [wanted], TOLERANCE[torch.float32])
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 37, 300, 2051, 17000])
-@pytest.mark.parametrize("sizes", [(40, 16, 2), (96, 16, 3), (24, 20, 1)], ids=str)
-def test_tri_of_any_length(length, sizes, dtype, poison):
+@pytest.mark.parametrize(
+    "sizes", [(20, 40, 16, 2), (48, 96, 16, 3), (24, 48, 20, 1)], ids=str
+)
+def test_mixer_of_any_length(length, sizes, dtype, poison):
     stride = next(s for s in (17, 7, 5, 3, 2, 1) if length % s == 0)
-    check_tri(length, sizes, ((1, False), REVERSED, (stride, False)), 2, dtype)
+    check_mixer(length, sizes, ((1, False), REVERSED, (stride, False)), 2, dtype)
 
 
 def test_blocks_take_several_chunks(monkeypatch, poison):
-    monkeypatch.setattr(launch, "_RESIDENT", 1)
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
-    check_tri(51, (40, 16, 2), ((3, True),))
+    check_mixer(51, (20, 40, 16, 2), ((3, True),))
 
 
 @pytest.mark.parametrize("steps", [32, 64])
@@ -206,31 +214,33 @@ def test_blocks_take_several_chunks(monkeypatch, poison):
 def test_long_chunks(steps, length, monkeypatch, poison):
     """Of several parts, and ending within the first or the second."""
     monkeypatch.setattr(launch, "chunk_steps", lambda length: steps)
-    check_tri(length, (16, 16, 1), (REVERSED,))
+    check_mixer(length, (4, 16, 16, 1), (REVERSED,))
 
 
-def test_tri_takes_long_sequences_in_pieces(monkeypatch, poison):
-    monkeypatch.setattr(tri_scan, "_LONG", 12)
-    check_tri(6, (8, 16, 1), (REVERSED, STRIDED), 2)
+@pytest.mark.parametrize("long", [12, 6])
+def test_long_sequences_are_done_in_pieces(long, monkeypatch, poison):
+    """Case by case, or direction by direction too."""
+    monkeypatch.setattr(mixer, "_LONG", long)
+    check_mixer(6, (4, 8, 16, 1), (REVERSED, STRIDED), 2)
 
 
 # --- what every operator owes ---------------------------------------------------------
 
 
 def test_same_bits_every_time():
-    arguments = (*tri_inputs(6, 6, 3, 1, 1), (STRIDED,), "cuda")
-    first, second = run_tri(*arguments), run_tri(*arguments)
+    arguments = (mixer_inputs(6, 4, 8, 3, 1, 1), (STRIDED,), "cuda")
+    first, second = run_mixer(*arguments), run_mixer(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_same_bits_every_time_when_long(dtype):
-    xz, parameters = tri_inputs(17000, 96, 16, 3, 3, batch=2)
+    inputs = mixer_inputs(17000, 48, 96, 16, 3, 3, batch=2)
+    for kind in inputs[:3]:
+        kind[0] = kind[0].to(dtype)
     orders = ((1, False), REVERSED, (17, False))
-    first, second = (
-        run_tri(xz.to(dtype), parameters, orders, "cuda") for _ in range(2)
-    )
+    first, second = (run_mixer(inputs, orders, "cuda") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -240,23 +250,23 @@ def test_the_scan_is_registered_well():
     torch.library.opcheck(scan_rows, (*tensors, "cuda", True))
 
 
-def test_the_tri_orientated_scan_is_registered_well():
-    xz, parameters = tri_inputs(2, 16, 16, 1, 1)
-    flat = [p.requires_grad_() for kind in parameters for p in kind]
-    flat[0] = flat[0].detach().squeeze(1).requires_grad_()
-    arguments = (xz.requires_grad_(), flat, [1], [1], True)
-    torch.library.opcheck(tri_scan_gpu, arguments)
+def test_the_mixer_is_registered_well():
+    inputs = mixer_inputs(2, 4, 16, 16, 1, 1)
+    flat = torch.cat([p.reshape(-1) for kind in inputs[3:] for p in kind])
+    tensors = [x.requires_grad_() for x in (*(kind[0] for kind in inputs[:3]), flat)]
+    torch.library.opcheck(mix_operator, (*tensors, [1], [1], 16, 1, 4, True))
 
 
 def test_it_compiles_as_one_graph():
-    xz, parameters = tri_inputs(2, 6, 3, 1, 1)
+    inputs = mixer_inputs(2, 4, 8, 3, 1, 1)
+    (tokens,), (before,), (after,), *lists = inputs
 
-    def mix(xz: Tensor) -> Tensor:
-        out = tri_orientated_scan(xz, *parameters, orders=(REVERSED,), backend="cuda")
-        return out * 2
+    def run(tokens: Tensor) -> Tensor:
+        options = {"orders": (REVERSED,), "backend": "cuda"}
+        return mamba_mixer(tokens, before, after, *lists, **options) * 2
 
-    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
-    leaf = xz.requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    leaf = tokens.requires_grad_()
     (found,) = torch.autograd.grad(compiled(leaf).sum(), leaf)
-    (wanted,) = torch.autograd.grad(mix(leaf).sum(), leaf)
+    (wanted,) = torch.autograd.grad(run(leaf).sum(), leaf)
     assert torch.equal(found, wanted)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from segmamba.errors import GeometryError, describe
 from segmamba.nn.blocks import TokenMlp, gated_spatial_convolution
 from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
-from segmamba.ops import tri_orientated_scan
+from segmamba.ops import mamba_mixer
 from segmamba.types import Size3
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 0.1, 1e-4
@@ -135,13 +135,14 @@ class TriOrientatedMamba(nn.Module):
             GeometryError: A forced number of slices does not divide L.
         """
         orders = scan_orders(self.orientations, size, self.num_slices)
-        scanned = tri_orientated_scan(
-            self.in_proj(tokens),
+        return mamba_mixer(
+            tokens,
+            self.in_proj.weight,
+            self.out_proj.weight,
             *self._parameters_by_kind(),
             orders=orders,
             backend=self.backend,
         )
-        return self.out_proj(scanned)
 
     def _parameters_by_kind(self) -> list[list[Tensor]]:
         kinds = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from segmamba.ops._chunked import scan_chunked, scan_chunked_backward
+from segmamba.ops._differentiable import differentiable, direct_or
 from segmamba.ops._layout import LANES, STATES, kept_shape
 
 
@@ -213,63 +214,96 @@ def _tri_gradients(ctx, grad, grad_y, grad_kept):
 
 tri_scan.register_autograd(_tri_gradients, setup_context=_tri_context)
 
-# --- the tri-orientated scan, by CUDA -------------------------------------------------
+# --- the mixer, by CUDA ---------------------------------------------------------------
 
 
-@torch.library.custom_op("segmamba::tri_scan_gpu", mutates_args=())
-def tri_scan_gpu(
-    xz: Tensor,
-    parameters: Sequence[Tensor],
+def _form(strides, reverses, states, rank, taps):
+    from segmamba.ops._cuda.mixer import Form
+
+    return Form(tuple(_orders(strides, reverses)), states, rank, taps)
+
+
+def _mix(
+    tokens: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    flat: Tensor,
     strides: Sequence[int],
     reverses: Sequence[int],
+    states: int,
+    rank: int,
+    taps: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan tokens in several orders, sum and gate; see `_cuda.operators.tri_scan`."""
-    orders = tuple(_orders(strides, reverses))
-    with torch.autocast(xz.device.type, enabled=False):
-        return _operators("cuda").tri_scan(xz, parameters, orders, keep)
+    """Mix tokens; see `_cuda.mixer.mix`."""
+    from segmamba.ops._cuda import mixer
+
+    form = _form(strides, reverses, states, rank, taps)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return mixer.mix(tokens, in_proj, out_proj, flat, form, keep)
 
 
-@tri_scan_gpu.register_fake
-def _(xz, parameters, strides, reverses, keep):
-    batch, length, width = xz.shape
-    out = xz.new_empty(batch, length, width // 2)
+mix_operator = torch.library.custom_op("segmamba::mix", _mix, mutates_args=())
+
+
+@mix_operator.register_fake
+def _(
+    tokens, in_proj, out_proj, flat, strides, reverses, states, rank, taps, keep
+):
+    from segmamba.ops._cuda.launch import kept_shape
+
+    out = torch.empty_like(tokens)
     if not keep:
-        return out, xz.new_empty(0), xz.new_empty(0)
-    kept = _operators("cuda").tri_kept_shape(xz, len(strides))
-    return out, torch.empty_like(out), xz.new_empty(kept, dtype=torch.float32)
+        return out, tokens.new_empty(0), tokens.new_empty(0)
+    (batch, length, _), channels = tokens.shape, out_proj.shape[1]
+    kept = kept_shape(len(strides) * batch, length, channels)
+    total = tokens.new_empty(batch, length, channels)
+    return out, total, tokens.new_empty(kept, dtype=torch.float32)
 
 
-@torch.library.custom_op("segmamba::tri_scan_gpu_backward", mutates_args=())
-def tri_scan_gpu_backward(
+def _mix_backward(
     grad: Tensor,
-    xz: Tensor,
+    tokens: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    flat: Tensor,
     total: Tensor,
     kept: Tensor,
-    parameters: Sequence[Tensor],
     strides: Sequence[int],
     reverses: Sequence[int],
+    states: int,
+    rank: int,
+    taps: int,
 ) -> list[Tensor]:
-    """Gradients of `tri_scan_gpu` for xz and the parameters, stacked by kind."""
-    orders = tuple(_orders(strides, reverses))
-    backward = _operators("cuda").tri_scan_backward
-    with torch.autocast(xz.device.type, enabled=False):
-        return backward(grad, xz, total, kept, parameters, orders)
+    """Gradients of `mix` for tokens, projections and parameters."""
+    from segmamba.ops._cuda import mixer
+
+    form = _form(strides, reverses, states, rank, taps)
+    tensors = (grad, tokens, in_proj, out_proj, flat, total, kept)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return mixer.mix_backward(*tensors, form)
 
 
-@tri_scan_gpu_backward.register_fake
-def _(grad, xz, total, kept, parameters, strides, reverses):
-    kinds = (x.new_empty(len(strides), *x.shape) for x in parameters[:7])
-    return [torch.empty_like(xz), *kinds]
+mix_backward_operator = torch.library.custom_op(
+    "segmamba::mix_backward", _mix_backward, mutates_args=()
+)
 
 
-def _tri_gpu_gradients(ctx, grad, grad_total, grad_kept):
-    xz, total, kept, *parameters = ctx.saved_tensors
-    grad_xz, *kinds = tri_scan_gpu_backward(
-        grad.contiguous(), xz, total, kept, parameters, ctx.strides, ctx.reverses
-    )
-    gradients = [kind[k] for k in range(len(ctx.strides)) for kind in kinds]
-    return grad_xz, gradients, None, None, None
+@mix_backward_operator.register_fake
+def _(grad, tokens, in_proj, out_proj, flat, *others):
+    return [torch.empty_like(x) for x in (tokens, in_proj, out_proj, flat)]
 
 
-tri_scan_gpu.register_autograd(_tri_gpu_gradients, setup_context=_tri_context)
+def _mix_context(ctx, inputs, output):
+    *tensors, strides, reverses, states, rank, taps, _ = inputs
+    ctx.form = strides, reverses, states, rank, taps
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _mix_gradients(ctx, grad, grad_total, grad_kept):
+    backward = direct_or(mix_backward_operator, _mix_backward)
+    return *backward(grad, *ctx.saved_tensors, *ctx.form), *(None,) * 6
+
+
+mix = differentiable(mix_operator, _mix, _mix_context, _mix_gradients)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from segmamba.errors import GeometryError, describe
 from segmamba.ops._layout import (
-    GPU_STATES,
     LANES,
     STATES,
     pad_axis,
@@ -18,7 +17,7 @@ from segmamba.ops._layout import (
     pad_split,
     pad_taps,
 )
-from segmamba.ops._primitives import tri_scan, tri_scan_gpu
+from segmamba.ops._primitives import tri_scan
 from segmamba.ops.backends import resolve_backend
 from segmamba.ops.convolution import conv_limit, conv_rows
 from segmamba.ops.orders import Order, check_orders, scan_order
@@ -77,19 +76,17 @@ def tri_orientated_scan(
         A_log,
         D,
     )
-    _check_counts(parameters, orders)
+    if xz.ndim != 3 or xz.shape[2] % 2:
+        raise shape_error("xz", "(batch, L, 2E)", xz)
     check_orders(xz.shape[1], orders)
+    check_parameters(xz.shape[2] // 2, parameters, orders)
     work = compute_dtype(xz, *A_log)
-    for direction in zip(*parameters, strict=True):
-        _check_direction(xz, direction)
     limit = conv_limit(conv_weight[0].shape[-1])
     method = resolve_backend(backend, device=xz.device, dtype=work, numba_limit=limit)
     with torch.autocast(xz.device.type, enabled=False):
         directions = list(zip(*parameters, strict=True))
-        if method == "cuda" and A_log[0].shape[1] <= GPU_STATES:
-            return _scan_fused(xz, directions, orders, method)
         if method == "numba":
-            return _scan_fused(xz.to(work), directions, orders, method).to(xz.dtype)
+            return _scan_fused(xz.to(work), directions, orders).to(xz.dtype)
         x, z = xz.to(work).chunk(2, dim=-1)
         total = torch.zeros_like(x)
         for order, direction in zip(orders, directions, strict=True):
@@ -112,21 +109,14 @@ def _scan_direction(x: Tensor, direction: tuple[Tensor, ...], backend: str) -> T
 
 
 def _scan_fused(
-    xz: Tensor,
-    directions: Sequence[tuple[Tensor, ...]],
-    orders: Sequence[Order],
-    method: str,
+    xz: Tensor, directions: Sequence[tuple[Tensor, ...]], orders: Sequence[Order]
 ) -> Tensor:
-    """All directions in one operator, on channels and states padded for its kernels."""
+    """All directions by Numba in one operator, on channels padded for its kernels."""
     channels = xz.shape[2] // 2
     if channels % LANES:
         xz = pad_rows(xz, 2)
-    operator, pad = {
-        "numba": (tri_scan, _pad_direction),
-        "cuda": (tri_scan_gpu, _pad_for_gpu),
-    }[method]
-    parameters = [p for direction in directions for p in pad(direction)]
-    out, _, _ = operator(
+    parameters = [p for direction in directions for p in _pad_direction(direction)]
+    out, _, _ = tri_scan(
         xz.contiguous(),
         parameters,
         [stride for stride, _ in orders],
@@ -134,29 +124,6 @@ def _scan_fused(
         needs_gradient(xz, *parameters),
     )
     return out[..., :channels] if channels % LANES else out
-
-
-def _pad_for_gpu(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Bring a direction's parameters to what the CUDA kernels take.
-
-    Channels that are added have u = 0, states that are added have B = C = 0. The
-    convolution's weight becomes (E, W).
-    """
-    weight, offset, x_proj, dt_proj, dt_bias, A_log, D = (
-        p.to(torch.float32) for p in direction
-    )
-    states, rank = A_log.shape[1], dt_proj.shape[1]
-    if states % GPU_STATES:
-        multiples = [1, GPU_STATES, GPU_STATES]
-        x_proj = pad_split(x_proj, [rank, states, states], multiples)
-        A_log = pad_axis(A_log, -1, GPU_STATES)
-    if weight.shape[0] % LANES:
-        offset, x_proj, dt_bias, D = (
-            pad_axis(v, -1, LANES) for v in (offset, x_proj, dt_bias, D)
-        )
-        dt_proj, A_log = pad_axis(dt_proj, -2, LANES), pad_axis(A_log, -2, LANES)
-        weight = pad_axis(weight, -3, LANES)
-    return weight.squeeze(1), offset, x_proj, dt_proj, dt_bias, A_log, D
 
 
 def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -181,9 +148,19 @@ def _pad_direction(direction: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(p.contiguous() for p in padded)
 
 
-def _check_counts(
-    parameters: tuple[Sequence[Tensor], ...], orders: Sequence[Order]
+def check_parameters(
+    channels: int, parameters: Sequence[Sequence[Tensor]], orders: Sequence[Order]
 ) -> None:
+    """Refuse parameters that don't fit each other.
+
+    Args:
+        channels: E.
+        parameters: The seven lists that `tri_orientated_scan` takes.
+        orders: K pairs.
+
+    Raises:
+        GeometryError: A list hasn't K tensors, or a tensor another shape.
+    """
     counts = [len(p) for p in parameters]
     if not orders or set(counts) != {len(orders)}:
         raise GeometryError(
@@ -193,13 +170,12 @@ def _check_counts(
                 found=f"{len(orders)} orders and parameter counts {counts}",
             )
         )
+    for direction in zip(*parameters, strict=True):
+        _check_direction(channels, direction)
 
 
-def _check_direction(xz: Tensor, direction: tuple[Tensor, ...]) -> None:
-    if xz.ndim != 3 or xz.shape[2] % 2:
-        raise shape_error("xz", "(batch, L, 2E)", xz)
+def _check_direction(channels: int, direction: tuple[Tensor, ...]) -> None:
     conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = direction
-    channels = xz.shape[2] // 2
     if dt_proj.ndim != 2 or dt_proj.shape[0] != channels:
         raise shape_error("dt_proj_weight", f"({channels}, r)", dt_proj)
     if A_log.ndim != 2 or A_log.shape[0] != channels:

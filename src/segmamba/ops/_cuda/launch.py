@@ -22,13 +22,14 @@ _LANES = 32
 _WARPS = (3, 4, 2)
 """Warps that share B and C, if they divide those that the channels need."""
 
+_SQUARES = ((3, 12), (4, 8))
+"""Channels of a thread of the gradients' kernel, and warps that a multiprocessor holds
+then: 168 and 255 registers a thread."""
+
 _PART = 32
 """Steps of a chunk whose states the gradients' kernel holds in shared memory."""
 
-_RESIDENT = 2
-"""Blocks of the gradients' kernel that a multiprocessor shall hold."""
-
-_SEGMENTS = 16
+_SEGMENTS = 32
 """Parts of a sequence that are carried at once."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -164,19 +165,16 @@ class Scan:
         group = self.channels // self.groups
         return self.length, self.channels, group, self.batch, self.chunks
 
-    def kernel(self, file: str, name: str, **constants: int) -> Kernel:
-        """Give a kernel for the scan's types and sizes."""
+    def kernel(self, name: str) -> Kernel:
+        """Give a kernel of scan.cu for the scan's types and sizes."""
+        return self.compiled("scan.cu", name, WARPS=self.warps, SEGMENTS=_SEGMENTS)
+
+    def compiled(self, file: str, name: str, **constants: int) -> Kernel:
+        """Give a kernel for the scan's types and chunks."""
         if self.weight is None:
             constants["GIVEN"] = 1
-        return kernel(
-            file,
-            name,
-            self.u.device,
-            KIND=kind_of(self.u),
-            CHUNK=self.steps,
-            WARPS=self.warps,
-            **constants,
-        )
+        device, kind = self.u.device, kind_of(self.u)
+        return kernel(file, name, device, KIND=kind, CHUNK=self.steps, **constants)
 
     def code_bytes(self, rows: int) -> int:
         """Shared memory for the code of some rows."""
@@ -200,7 +198,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
     threads, shared = _LANES * scan.warps, scan.code_bytes(scan.steps)
     parameters = (scan.rates, scan.weight, scan.bias)
     strides = (scan.code.stride(-2), scan.B.stride(-2))
-    scan.kernel("scan.cu", "scan_chunks", SEGMENTS=_SEGMENTS)(
+    scan.kernel("scan_chunks")(
         grid,
         threads,
         scan.u,
@@ -214,7 +212,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         shared=shared,
     )
     _carry(scan, kept, kept, back=False, first=False)
-    scan.kernel("scan.cu", "scan_outputs", SEGMENTS=_SEGMENTS)(
+    scan.kernel("scan_outputs")(
         grid,
         threads,
         scan.u,
@@ -238,7 +236,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
 def _carry(
     scan: Scan, states: Tensor, kept: Tensor, *, back: bool, first: bool
 ) -> None:
-    scan.kernel("scan.cu", "carry_states", SEGMENTS=_SEGMENTS)(
+    scan.kernel("carry_states")(
         (ceil_divide(scan.channels, _LANES), STATES, scan.rows),
         _LANES * _SEGMENTS,
         states,
@@ -293,7 +291,7 @@ def run_backward(
     adjoints = scan.new_slots()
     if grad_last is not None:
         adjoints[:, scan.chunks - 1, :-1] = grad_last
-    scan.kernel("scan_backward.cu", "adjoint_chunks", **_kept_blocks(scan))(
+    scan.kernel("adjoint_chunks")(
         (scan.chunks - 1, scan.groups * scan.parts, scan.rows),
         _LANES * scan.warps,
         grad_y,
@@ -315,25 +313,50 @@ def run_backward(
     return _gradients(scan, kept, adjoints, grad_y, grad_u)
 
 
-def _kept_blocks(scan: Scan) -> dict[str, int]:
-    split = {"SPLIT": 1} if scan.parts > 1 else {}
-    return {"RESIDENT": _RESIDENT, **split}
+@dataclass(frozen=True)
+class _Cut:
+    """How the gradients' kernel is cut: see `_SQUARES`."""
+
+    across: int
+    warps: int
+    parts: int
+    resident: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a warp."""
+        return 8 * self.across
+
+
+def _cut(per_group: int) -> _Cut:
+    """Choose what leaves the fewest threads idle."""
+
+    def of(across: int, held: int) -> _Cut:
+        needed = ceil_divide(per_group, 8 * across)
+        warps = next(n for n in (4, 3, 2, 1) if needed % n == 0)
+        return _Cut(across, warps, needed // warps, held // warps)
+
+    cuts = (of(*square) for square in _SQUARES)
+    return min(cuts, key=lambda cut: cut.parts * cut.warps * cut.width)
 
 
 def _gradients(
     scan: Scan, kept: Tensor, adjoints: Tensor, grad_y: Tensor, grad_u: Tensor
 ) -> ScanGradients:
-    blocks, shared = _blocks(scan), scan.groups * STATES
+    cut, shared = _cut(scan.channels // scan.groups), scan.groups * STATES
+    blocks = _blocks(scan, cut)
     width = scan.channels + 2 * shared
     rows = grad_u.new_empty(scan.rows, scan.length, width)
     of_states = rows[..., scan.channels :]
-    if scan.parts > 1:
-        shape = (scan.parts, scan.rows, scan.length, 2 * shared)
+    constants = {"ACROSS": cut.across, "WARPS": cut.warps, "RESIDENT": cut.resident}
+    if cut.parts > 1:
+        shape = (cut.parts, scan.rows, scan.length, 2 * shared)
         of_states = scan.rates.new_empty(shape)
+        constants["SPLIT"] = 1
     sums = scan.rates.new_empty(blocks, scan.rows, STATES + 2, scan.channels)
-    scan.kernel("scan_backward.cu", "scan_gradients", **_kept_blocks(scan))(
-        (blocks, scan.groups * scan.parts, scan.rows),
-        _LANES * scan.warps,
+    scan.compiled("scan_backward.cu", "scan_gradients", **constants)(
+        (blocks, scan.groups * cut.parts, scan.rows),
+        _LANES * cut.warps,
         grad_y,
         scan.u,
         scan.code,
@@ -359,24 +382,25 @@ def _gradients(
         width,
         of_states.stride(-2),
         shared,
-        shared=_shared_bytes(scan),
+        shared=_shared_bytes(scan, cut),
     )
-    if scan.parts > 1:
+    if cut.parts > 1:
         rows[..., scan.channels :] = of_states.sum(0)
     total = sums.view(blocks, len(scan.orders), scan.batch, STATES + 2, -1).sum((0, 2))
     return ScanGradients(rows, total[:, :-2], total[:, -2], total[:, -1])
 
 
-def _blocks(scan: Scan) -> int:
+def _blocks(scan: Scan, cut: _Cut) -> int:
     """Blocks along the chunks: as many as are at work at once, each with the like."""
-    others = scan.groups * scan.parts * scan.rows
-    room = max(1, _RESIDENT * _multiprocessors(scan.u.device) // others)
+    others = scan.groups * cut.parts * scan.rows
+    room = max(1, cut.resident * _multiprocessors(scan.u.device) // others)
     return ceil_divide(scan.chunks, ceil_divide(scan.chunks, room))
 
 
-def _shared_bytes(scan: Scan) -> int:
-    """Size of the gradients' kernel's shared memory: struct Shared, and the code."""
+def _shared_bytes(scan: Scan, cut: _Cut) -> int:
+    """Size of the gradients' kernel's shared memory: struct Shared, or the code."""
     part = min(_PART, scan.steps)
-    warp = part * _LANES * (4 + scan.u.element_size()) + part // 4 * 16 * _LANES * 4
-    block = part * (2 * STATES * 4 + 4) + scan.warps * 2 * 4 * _LANES * 4
-    return block + scan.warps * warp + scan.code_bytes(part)
+    rows = part * (2 * STATES * 4 + 4) + 2 * cut.warps * 4 * _LANES * 4
+    rows += cut.warps * part * cut.width * 2 * 4
+    left = cut.warps * (part // 4 - 1) * cut.across * _LANES * 4 * 4
+    return rows + max(left, scan.code_bytes(part))

@@ -5,6 +5,8 @@
 // (direction times batch) row of sequences each. A thread does eight channels.
 // Constants: KIND, TAPS, and RUN, the rows of a thread.
 
+#define STATES 16
+
 // A walk along an order without divisions: where it stands in a run, and which run.
 struct Walk {
     int inside, run, step, stride, per;
@@ -165,14 +167,16 @@ extern "C" __global__ void conv_silu_back(const element *xz, const float *taps,
     }
 }
 
-// Gradient of x by token from those of K directions' convolutions; added where `add`.
+// Gradient of x by token, in rows of a width, from those of K directions' convolutions;
+// added where `add`.
 extern "C" __global__ void conv_input_back(const element *grad, const float *taps,
-                                           const int *orders, element *grad_xz, int L,
-                                           int E, int batch, int K, int add) {
+                                           const int *orders, element *grad_x, int L,
+                                           int E, int width, int batch, int K,
+                                           int add) {
     int index = blockIdx.x * blockDim.x + threadIdx.x, eighths = E / 8;
     int channel = index % eighths * 8, token = index / eighths, one = blockIdx.y;
     if (token >= L) return;
-    element *target = grad_xz + ((long long)one * L + token) * 2 * E + channel;
+    element *target = grad_x + ((long long)one * L + token) * width + channel;
     float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     if (add) load8(target, total);
     for (int k = 0; k < K; k++) {
@@ -215,34 +219,36 @@ extern "C" __global__ void gate(const element *y, const element *xz, element *su
     store8(out + row * E + channel, total);
 }
 
-// Gradients of the gate: that of z into grad_xz, that of the sum into grad_y.
-extern "C" __global__ void gate_back(const element *grad, const element *sum,
-                                     const element *xz, element *grad_xz,
-                                     element *grad_y, int rows, int E) {
+// Gradients of the gate, in place: that of z in xz, that of the sum in grad; and the
+// gated sum.
+extern "C" __global__ void gate_back(element *grad, const element *sum, element *xz,
+                                     element *gated, int rows, int E) {
     int index = blockIdx.x * blockDim.x + threadIdx.x, eighths = E / 8;
     int channel = index % eighths * 8;
     long long row = index / eighths;
     if (row >= rows) return;
-    float of[8], total[8], z[8];
+    float of[8], total[8], z[8], out[8];
     load8(grad + row * E + channel, of);
     load8(sum + row * E + channel, total);
     load8(xz + row * 2 * E + E + channel, z);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float open = sigmoid(z[i]);
+        float open = sigmoid(z[i]), gate = z[i] * open;
+        out[i] = total[i] * gate;
         total[i] *= of[i] * open * (1.0f + z[i] * (1.0f - open));
-        of[i] *= z[i] * open;
+        of[i] *= gate;
     }
-    store8(grad_xz + row * 2 * E + E + channel, total);
-    store8(grad_y + row * E + channel, of);
+    store8(xz + row * 2 * E + E + channel, total);
+    store8(grad + row * E + channel, of);
+    store8(gated + row * E + channel, out);
 }
 
 // Parameters of K directions as the kernels want them, from all of them in a row:
 // taps (K, E, TAPS), offset (K, E), x_proj (K, rank + 2 states, E), dt_proj
 // (K, E, rank), dt_bias (K, E), A_log (K, E, states), D (K, E).
 //
-// Writes taps (K, TAPS, E), dt_proj (K, rank, E) and A / ln 2 (K, states, E) one behind
-// the other, and the projection (K, columns, E): B's rows, C's, the code's, zeros.
+// Writes taps (K, TAPS, E), dt_proj (K, rank, E) and A / ln 2 (K, 16, E) one behind the
+// other, and the projection (K, columns, E): 16 rows for B, 16 for C, the code's, zeros.
 extern "C" __global__ void arrange(const float *flat, float *out, element *projection,
                                    int K, int E, int rank, int states, int columns) {
     int index = blockIdx.x * blockDim.x + threadIdx.x, all = K * E;
@@ -250,15 +256,16 @@ extern "C" __global__ void arrange(const float *flat, float *out, element *proje
     const float *dt_proj = x_proj + (long long)all * (rank + 2 * states);
     const float *log_rates = dt_proj + (long long)all * (rank + 1);
     int line = index / E, channel = index % E;
-    int kept = K * (TAPS + rank + states);
+    int kept = K * (TAPS + rank + STATES);
     if (line >= kept) {
         line -= kept;
         int k = line / columns, column = line % columns;
         if (k >= K) return;
-        int from = column < 2 * states ? rank + column : column - 2 * states;
-        bool there = column < 2 * states + rank;
-        float value = there ? x_proj[(long long)(k * (rank + 2 * states) + from) * E + channel]
-                            : 0.0f;
+        int n = column % STATES, from = column - 2 * STATES;
+        if (column < 2 * STATES) from = rank + column / STATES * states + n;
+        bool there = column < 2 * STATES ? n < states : from < rank;
+        const float *row = x_proj + (long long)(k * (rank + 2 * states) + from) * E;
+        float value = there ? row[channel] : 0.0f;
         projection[(long long)line * E + channel] = from_float(value);
         return;
     }
@@ -269,9 +276,12 @@ extern "C" __global__ void arrange(const float *flat, float *out, element *proje
         int of = line - K * TAPS;
         value = dt_proj[(of / rank * E + channel) * rank + of % rank];
     } else {
-        int of = line - K * (TAPS + rank);
-        value = log_rates[(of / states * E + channel) * states + of % states];
-        value = -LOG2E * expf(value);
+        int of = line - K * (TAPS + rank), n = of % STATES;
+        value = 0.0f;
+        if (n < states) {
+            value = log_rates[(of / STATES * E + channel) * states + n];
+            value = -LOG2E * expf(value);
+        }
     }
     out[(long long)line * E + channel] = value;
 }

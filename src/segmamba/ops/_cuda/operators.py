@@ -5,12 +5,9 @@ Channels of a group come in multiples of 16, states in slices of 16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from segmamba.ops._cuda import tri_scan as fused
 from segmamba.ops._cuda.launch import (
     LOG2E,
     STATES,
@@ -30,12 +27,6 @@ def scan_kept_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     groups = B.shape[2]
     channels = groups * ceil_divide(u.shape[2] // groups, LANES) * LANES
     return ceil_divide(A.shape[1], STATES), *kept_shape(*u.shape[:2], channels)
-
-
-def tri_kept_shape(xz: Tensor, count: int) -> tuple[int, ...]:
-    """Shape of what `tri_scan` keeps for `count` directions."""
-    batch, length, width = xz.shape
-    return kept_shape(count * batch, length, width // 2)
 
 
 def _scans(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Scan]:
@@ -137,47 +128,3 @@ def scan_rows_backward(
         torch.cat(of_b, -1)[..., :states].contiguous(),
         torch.cat(of_c, -1)[..., :states].contiguous(),
     )
-
-
-def tri_scan(
-    xz: Tensor, parameters: Sequence[Tensor], orders: fused.Orders, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan tokens in several orders; see `_cuda.tri_scan.tri_scan`.
-
-    Args:
-        xz: (batch, L, 2E), contiguous.
-        parameters: Seven a direction, taps (E, W), offset, x_proj, dt_proj, dt_bias,
-            A_log and D, float32, with 16 states.
-        orders: (stride, reverse) of each direction.
-        keep: Keep what the backward needs.
-
-    Returns:
-        The gated sum, the sum before the gate, and what the scan keeps.
-    """
-    return fused.tri_scan(xz, fused.stack(parameters, orders, xz.dtype), keep)
-
-
-def tri_scan_backward(
-    grad: Tensor,
-    xz: Tensor,
-    total: Tensor,
-    kept: Tensor,
-    parameters: Sequence[Tensor],
-    orders: fused.Orders,
-) -> list[Tensor]:
-    """Differentiate `tri_scan`.
-
-    Args:
-        grad: Gradient of the gated sum.
-        xz: As in `tri_scan`; so are parameters and orders.
-        total: The sum before the gate.
-        kept: What the scan kept.
-        parameters: See xz.
-        orders: See xz.
-
-    Returns:
-        Gradients of xz and of the seven kinds of parameters, directions stacked.
-    """
-    directions = fused.stack(parameters, orders, xz.dtype)
-    grad_xz, kinds = fused.tri_scan_backward(grad, xz, total, kept, directions)
-    return [grad_xz, *kinds]

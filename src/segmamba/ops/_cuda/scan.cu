@@ -1,4 +1,5 @@
-// The scan's forward: chunks from a zero state, the carry, the outputs.
+// The scan's forward: chunks from a zero state, the carry, the outputs; and, for the
+// backward, adjoints of chunks from a zero end.
 
 #include "scan.cuh"
 
@@ -118,13 +119,19 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     for (int n = 0; n < STATES; n++) state[n] = kept[(long long)n * E];
     __syncthreads();
     for (int t0 = 0; t0 < p.count; t0 += STEPS) {
-        float dt[STEPS], x[STEPS];
+        float dt[STEPS], x[STEPS], before[STEPS];
         column<STEPS>(x, u, p, t0, E, p.count);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            bool there = add && p.valid && t0 + i < p.count;
+            before[i] = there ? to_float(y[(long long)tokens[t0 + i] * E]) : 0.0f;
+        }
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            float Bt[STATES], Ct[STATES], drive = dt[i] * x[i], sums[4] = {D * x[i], 0, 0, 0};
+            float Bt[STATES], Ct[STATES], drive = dt[i] * x[i];
+            float sums[4] = {D * x[i], before[i], 0.0f, 0.0f};
             load16(BC + (t0 + i) * 2 * STATES, Bt);
             load16(BC + (t0 + i) * 2 * STATES + STATES, Ct);
 #pragma unroll
@@ -134,9 +141,56 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
             }
             if (!p.valid || t0 + i >= p.count) continue;
             float out = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            element *target = y + (long long)tokens[t0 + i] * E;
-            if (add) out += to_float(*target);
-            *target = from_float(out);
+            y[(long long)tokens[t0 + i] * E] = from_float(out);
         }
     }
+}
+
+// The adjoint with which each chunk but the first begins, from a zero end; it goes to
+// slot chunk - 1, where the carry wants it. grad is by token, of `grad_rows` rows of
+// sequences: one for each case, or one for each direction too.
+extern "C" __global__ void __launch_bounds__(THREADS)
+adjoint_chunks(const element *grad, const element *code, const element *c,
+               const float *a, const float *weight, const float *bias,
+               const int *orders, float *adjoints, int L, int E, int per_group,
+               int batch, int chunks, int grad_rows, int rank, int code_stride,
+               int c_stride) {
+    __shared__ __align__(16) float C[CHUNK * STATES];
+    __shared__ int tokens[CHUNK];
+    extern __shared__ __align__(16) float code_s[];
+    Place p = place_of(blockIdx.x + 1, L, per_group, batch, E);
+    code += p.base * code_stride;
+    c += p.base * c_stride + p.group * STATES;
+    grad += (long long)(p.row % grad_rows) * L * E + p.channel;
+    stage_states(C, STATES, c, c_stride, p.count, CHUNK);
+    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, CHUNK);
+    float rate[STATES], adjoint[STATES];
+    load_rates(rate, a, p, E);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) adjoint[n] = 0.0f;
+    __syncthreads();
+    for (int t0 = CHUNK - STEPS; t0 >= 0; t0 -= STEPS) {
+        float dt[STEPS], dy[STEPS];
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            bool here = p.valid && t0 + i < p.count;
+            dy[i] = here ? to_float(grad[(long long)tokens[t0 + i] * E]) : 0.0f;
+        }
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
+                          p.count);
+#pragma unroll
+        for (int i = STEPS - 1; i >= 0; i--) {
+            float Ct[STATES];
+            load16(C + (t0 + i) * STATES, Ct);
+#pragma unroll
+            for (int n = 0; n < STATES; n++) {
+                adjoint[n] = (adjoint[n] + dy[i] * Ct[n]) * exp2_fast(rate[n] * dt[i]);
+            }
+        }
+    }
+    if (!p.valid) return;
+    adjoints += slot_of(p, p.chunk - 1, chunks, E) + p.channel;
+#pragma unroll
+    for (int n = 0; n < STATES; n++) adjoints[(long long)n * E] = adjoint[n];
 }

@@ -1,147 +1,129 @@
-// The scan's gradients: adjoints of chunks from a zero end, then everything.
+// The scan's gradients, from what scan.cu gives.
 
 #include "scan.cuh"
 
-// The adjoint with which each chunk but the first begins, from a zero end; it goes to
-// slot chunk - 1, where the carry wants it. grad is by token, of `grad_rows` rows of
-// sequences: one for each case, or one for each direction too.
-extern "C" __global__ void __launch_bounds__(THREADS)
-adjoint_chunks(const element *grad, const element *code, const element *c,
-               const float *a, const float *weight, const float *bias,
-               const int *orders, float *adjoints, int L, int E, int per_group,
-               int batch, int chunks, int grad_rows, int rank, int code_stride,
-               int c_stride) {
-    __shared__ __align__(16) float C[CHUNK * STATES];
-    __shared__ int tokens[CHUNK];
-    extern __shared__ __align__(16) float code_s[];
-    Place p = place_of(blockIdx.x + 1, L, per_group, batch, E);
-    code += p.base * code_stride;
-    c += p.base * c_stride + p.group * STATES;
-    grad += (long long)(p.row % grad_rows) * L * E + p.channel;
-    stage_states(C, STATES, c, c_stride, p.count, CHUNK);
-    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
-    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, CHUNK);
-    float rate[STATES], adjoint[STATES];
-    load_rates(rate, a, p, E);
-#pragma unroll
-    for (int n = 0; n < STATES; n++) adjoint[n] = 0.0f;
-    __syncthreads();
-    for (int t0 = CHUNK - STEPS; t0 >= 0; t0 -= STEPS) {
-        float dt[STEPS], dy[STEPS];
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            bool here = p.valid && t0 + i < p.count;
-            dy[i] = here ? to_float(grad[(long long)tokens[t0 + i] * E]) : 0.0f;
-        }
-        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
-                          p.count);
-#pragma unroll
-        for (int i = STEPS - 1; i >= 0; i--) {
-            float Ct[STATES];
-            load16(C + (t0 + i) * STATES, Ct);
-#pragma unroll
-            for (int n = 0; n < STATES; n++) {
-                adjoint[n] = (adjoint[n] + dy[i] * Ct[n]) * exp2_fast(rate[n] * dt[i]);
-            }
-        }
-    }
-    if (!p.valid) return;
-    adjoints += slot_of(p, p.chunk - 1, chunks, E) + p.channel;
-#pragma unroll
-    for (int n = 0; n < STATES; n++) adjoints[(long long)n * E] = adjoint[n];
-}
-
-// --- all gradients -------------------------------------------------------------------
 //
 // A chunk is done in parts of PART steps, the last one first. In a part a warp walks
 // forward once, leaving its states before every fourth step in shared memory; then four
 // steps at a time are replayed into registers and walked back. Thread (s, c) of a warp
-// has states 4s to 4s + 3 of channels 4c to 4c + 3, so that few shuffles sum over
-// channels (for B, C) and over states (for u and the step sizes).
+// has states 4s to 4s + 3 of ACROSS channels, so that few shuffles sum over channels (for
+// B, C) and over states (for u and the step sizes). Those sums end with the thread whose
+// own channel it is: the s-th of the ACROSS ones, if there are so many.
 
 #define PART (CHUNK < 32 ? CHUNK : 32)
 #define GROUPS (PART / 4)
+#define WIDTH (8 * ACROSS)  // channels of a warp
 
 struct Shared {
     float BC[PART * 2 * STATES];
-    float sums[2][WARPS][4][32];     // gradients of B and C at four steps, two buffers
-    float dt[WARPS][PART][32];
-    element u[WARPS][PART][32];
-    float left[WARPS][GROUPS][4][32][4];  // states, four of them a thread and quad
+    float sums[2][WARPS][4][32];  // gradients of B and C at four steps, two buffers
+    float dt[WARPS][PART][WIDTH], drive[WARPS][PART][WIDTH];  // drive is dt times u
     int tokens[PART];
+    float left[WARPS][GROUPS - 1][ACROSS][32][4];  // states; the code while staging
 };
 
-// A warp's thread: which states and channels it has.
+// Which states and channels a thread has.
 struct Square {
-    int warp, s, c;
-    long long corner;  // of its states and channels in an (STATES, E) array
-    bool valid;        // the channels exist
+    int warp, s, c, channel, own;
+    bool valid[ACROSS], owner;  // the channels exist; the own one does
 };
 
-INLINE void load_square(float (*to)[4], const float *from, const Square &q, int E) {
+INLINE Square square_of(int part, int group, int per_group) {
+    Square q;
+    int lane = threadIdx.x % 32;
+    q.warp = threadIdx.x / 32, q.s = lane % 4, q.c = lane / 4;
+    int inside = (part * WARPS + q.warp) * WIDTH + ACROSS * q.c;
+#pragma unroll
+    for (int k = 0; k < ACROSS; k++) q.valid[k] = inside + k < per_group;
+    q.owner = q.s < ACROSS && inside + q.s < per_group;
+    q.channel = group * per_group + inside;
+    q.own = q.channel + q.s;
+    return q;
+}
+
+INLINE void load_square(float (*to)[ACROSS], const float *from, const Square &q, int E) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) to[j][k] = 0.0f;
-        if (q.valid) load4(from + q.corner + (long long)j * E, to[j]);
+        for (int k = 0; k < ACROSS; k++) {
+            to[j][k] = q.valid[k] ? from[(4LL * q.s + j) * E + q.channel + k] : 0.0f;
+        }
     }
 }
 
-// Step sizes, u, B, C and tokens of a part into shared memory.
-INLINE void stage_part(Shared &m, float *code_s, const Place &p, int first, int count,
+INLINE void load_across(float *to, const float *from) {
+#if ACROSS == 4
+    load4(from, to);
+#else
+#pragma unroll
+    for (int k = 0; k < ACROSS; k++) to[k] = from[k];
+#endif
+}
+
+// Step sizes, drives, B, C and tokens of a part into shared memory.
+INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, int count,
                        const element *u, const element *code, const element *b,
                        const element *c, const float *weight, const float *bias,
                        const int *orders, int L, int E, int rank, int code_stride,
                        int b_stride, int c_stride) {
     u += (long long)first * E, code += (long long)first * code_stride;
     b += (long long)first * b_stride, c += (long long)first * c_stride;
+    float *code_s = &m.left[0][0][0][0][0];
     __syncthreads();
     stage_states(m.BC, 2 * STATES, b, b_stride, count, PART);
     stage_states(m.BC + STATES, 2 * STATES, c, c_stride, count, PART);
     stage_code(code_s, code, code_stride, rank, count, PART);
     stage_tokens(m.tokens, orders, p.direction, p.chunk * CHUNK + first, L, PART);
     __syncthreads();
+    int inside = (part * WARPS + p.warp) * WIDTH + p.lane;
+    p.valid = p.lane < WIDTH && inside < per_group;
+    p.channel = p.group * per_group + (p.valid ? inside : 0);
     for (int t0 = 0; t0 < PART; t0 += STEPS) {
         float dt[STEPS], x[STEPS];
         column<STEPS>(x, u, p, t0, E, count);
         step_sizes<STEPS>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
                           E, count);
+        if (p.lane >= WIDTH) continue;
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             m.dt[p.warp][t0 + i][p.lane] = dt[i];
-            m.u[p.warp][t0 + i][p.lane] = from_float(x[i]);
+            m.drive[p.warp][t0 + i][p.lane] = dt[i] * x[i];
         }
     }
-    __syncwarp();
+    __syncthreads();
 }
 
 // One step forward; gives decay times state, and the decay, where they are wanted.
-INLINE void step_forward(float (*state)[4], const float (*rate)[4], const Shared &m,
-                         const Square &q, int t, float (*passed)[4], float (*decay)[4]) {
-    float dt[4], u[4], B[4];
-    load4(&m.dt[q.warp][t][4 * q.c], dt);
-    load4(&m.u[q.warp][t][4 * q.c], u);
+INLINE void step_forward(float (*state)[ACROSS], const float (*rate)[ACROSS],
+                         const Shared &m, const Square &q, int t,
+                         float (*passed)[ACROSS], float (*decay)[ACROSS]) {
+    float dt[ACROSS], drive[ACROSS], B[4];
+    load_across(dt, &m.dt[q.warp][t][ACROSS * q.c]);
+    load_across(drive, &m.drive[q.warp][t][ACROSS * q.c]);
     load4(m.BC + t * 2 * STATES + 4 * q.s, B);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        float drive = dt[k] * u[k];
+    for (int k = 0; k < ACROSS; k++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float d = exp2_fast(rate[j][k] * dt[k]);
             float w = d * state[j][k];
-            state[j][k] = w + drive * B[j];
+            state[j][k] = w + drive[k] * B[j];
             if (passed) passed[j][k] = w, decay[j][k] = d;
         }
     }
 }
 
-INLINE void walk(float (*state)[4], const float (*rate)[4], Shared &m, const Square &q,
-                 bool leave) {
+// Walk over some groups of four steps, and leave the states before each.
+INLINE void walk(float (*state)[ACROSS], const float (*rate)[ACROSS], Shared &m,
+                 const Square &q, int groups, bool leave) {
     int lane = threadIdx.x % 32;
-    for (int g = 0; g < GROUPS; g++) {
+    for (int g = 0; g < groups; g++) {
         if (leave) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) store4(m.left[q.warp][g][j][lane], state[j]);
+            for (int k = 0; k < ACROSS; k++) {
+                float four[4] = {state[0][k], state[1][k], state[2][k], state[3][k]};
+                store4(m.left[q.warp][g][k][lane], four);
+            }
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -150,7 +132,17 @@ INLINE void walk(float (*state)[4], const float (*rate)[4], Shared &m, const Squ
     }
 }
 
-// Sum pairs of values with the lane across: thread keeps the half that its bit names.
+INLINE void take_up(float (*state)[ACROSS], const Shared &m, const Square &q, int g) {
+#pragma unroll
+    for (int k = 0; k < ACROSS; k++) {
+        float four[4];
+        load4(m.left[q.warp][g][k][threadIdx.x % 32], four);
+#pragma unroll
+        for (int j = 0; j < 4; j++) state[j][k] = four[j];
+    }
+}
+
+// Sum pairs of values with the lane across: a thread keeps the half that its bit names.
 template <int COUNT> INLINE void fold(float *values, int bit) {
     bool high = threadIdx.x & bit;
 #pragma unroll
@@ -161,38 +153,17 @@ template <int COUNT> INLINE void fold(float *values, int bit) {
     }
 }
 
-INLINE float pick(const float *four, int i) {
-    float low = i & 1 ? four[1] : four[0], high = i & 1 ? four[3] : four[2];
-    return i & 2 ? high : low;
-}
-
-// Gradients of one channel, the thread's own, in one block's chunks.
+// Gradients of the thread's own channel, over its block's chunks.
 struct Sums {
     float skip, bias;
 };
 
-// Where gradients go.
+// Where gradients of a part go.
 struct Targets {
     element *u, *step;
     void *bc;
     int step_stride, bc_stride;
 };
-
-// Gradients of u and of the step size of the thread's own channel at one step.
-INLINE void finish_step(Sums &sums, const Targets &to, const Shared &m, const Place &p,
-                        int t, bool here, float dy, float through, float exponent,
-                        float D, int E) {
-    float dt = m.dt[p.warp][t][p.lane], u = to_float(m.u[p.warp][t][p.lane]);
-    float slope = through * u + exponent * LN2;
-#ifndef GIVEN
-    slope *= 1.0f - exp2_fast(-LOG2E * dt);
-#endif
-    sums.skip += dy * u;
-    sums.bias += slope;
-    if (!here || !p.valid) return;
-    to.u[(long long)t * E + p.channel] = from_float(dy * D + through * dt);
-    to.step[(long long)t * to.step_stride + p.channel] = from_float(slope);
-}
 
 // Gradients of B and C at four steps, summed over the block's channels.
 INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0,
@@ -212,21 +183,25 @@ INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0
     }
 }
 
-// Walk the four steps of a group back.
-INLINE void return_group(float (*adjoint)[4], float (*of_rate)[4], Sums &sums,
-                         const float (*rate)[4], Shared &m, const Targets &to,
-                         const Place &p, const Square &q, int g, int count, float D,
-                         const element *grad, int E, int columns) {
-    float decay[4][4][4], passed[4][4][4], state[4][4], dy[4][4];
+// Walk the four steps of a group back, from the states before it.
+INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
+                         float (*of_rate)[ACROSS], Sums &sums,
+                         const float (*rate)[ACROSS], Shared &m, const Targets &to,
+                         const Square &q, int g, int count, float D, const element *grad,
+                         const element *u, int E, int columns) {
+    float decay[4][4][ACROSS], passed[4][4][ACROSS], dy[4][ACROSS], own_u[4], own_dy[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int t = 4 * g + i;
+        const element *row = grad + (long long)m.tokens[t] * E;
 #pragma unroll
-        for (int k = 0; k < 4; k++) dy[i][k] = 0.0f;
-        if (q.valid && t < count) load4(grad + (long long)m.tokens[t] * E, dy[i]);
+        for (int k = 0; k < ACROSS; k++) {
+            dy[i][k] = q.valid[k] && t < count ? to_float(row[q.channel + k]) : 0.0f;
+        }
+        bool here = q.owner && t < count;
+        own_dy[i] = here ? to_float(row[q.own]) : 0.0f;
+        own_u[i] = here ? to_float(u[(long long)t * E + q.own]) : 0.0f;
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++) load4(m.left[q.warp][g][j][p.lane], state[j]);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         step_forward(state, rate, m, q, 4 * g + i, passed[i], decay[i]);
@@ -234,21 +209,20 @@ INLINE void return_group(float (*adjoint)[4], float (*of_rate)[4], Sums &sums,
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
         int t = 4 * g + i;
-        float dt[4], u[4], B[4], C[4], of_states[8], through[4], exponent[4];
-        load4(&m.dt[q.warp][t][4 * q.c], dt);
-        load4(&m.u[q.warp][t][4 * q.c], u);
+        float dt[ACROSS], drive[ACROSS], B[4], C[4], of_states[8];
+        float through[4] = {0, 0, 0, 0}, exponent[4] = {0, 0, 0, 0};
+        load_across(dt, &m.dt[q.warp][t][ACROSS * q.c]);
+        load_across(drive, &m.drive[q.warp][t][ACROSS * q.c]);
         load4(m.BC + t * 2 * STATES + 4 * q.s, B);
         load4(m.BC + t * 2 * STATES + STATES + 4 * q.s, C);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            float drive = dt[k] * u[k];
-            through[k] = exponent[k] = 0.0f;
+        for (int k = 0; k < ACROSS; k++) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float now = adjoint[j][k] + dy[i][k] * C[j];
-                float after = passed[i][j][k] + drive * B[j];
+                float after = passed[i][j][k] + drive[k] * B[j];
                 float moved = now * passed[i][j][k];
-                of_states[j] = k ? of_states[j] + now * drive : now * drive;
+                of_states[j] = k ? of_states[j] + now * drive[k] : now * drive[k];
                 of_states[4 + j] =
                     k ? of_states[4 + j] + dy[i][k] * after : dy[i][k] * after;
                 through[k] += now * B[j];
@@ -266,8 +240,16 @@ INLINE void return_group(float (*adjoint)[4], float (*of_rate)[4], Sums &sums,
         fold<2>(exponent, 1);
         int n = (q.c & 4 ? STATES : 0) + 4 * q.s + (q.c & 3);
         m.sums[g & 1][q.warp][i][n] = of_states[0];
-        finish_step(sums, to, m, p, t, t < count, pick(dy[i], q.s), through[0],
-                    exponent[0], D, E);
+        if (!q.owner || t >= count) continue;
+        float own_dt = m.dt[q.warp][t][ACROSS * q.c + q.s];
+        float slope = through[0] * own_u[i] + exponent[0] * LN2;
+#ifndef GIVEN
+        slope *= 1.0f - exp2_fast(-LOG2E * own_dt);
+#endif
+        sums.skip += own_dy[i] * own_u[i];
+        sums.bias += slope;
+        to.u[(long long)t * E + q.own] = from_float(own_dy[i] * D + through[0] * own_dt);
+        to.step[(long long)t * to.step_stride + q.own] = from_float(slope);
     }
     __syncthreads();
     finish_states(to, m, g & 1, 4 * g, count, columns);
@@ -277,9 +259,9 @@ INLINE void return_group(float (*adjoint)[4], float (*of_rate)[4], Sums &sums,
 //
 // Block (p, part, row): chunks p, p + P, ... of a row of sequences. Writes gradients of u
 // and of the step sizes before softplus (or of the given ones), those of B and C summed
-// over the block's channels, and, for each p, (P, rows, STATES + 2, E) sums: for A, for D, and
+// over the block's channels, and, for each p, (P, rows, N + 2, E) sums: for A, for D, and
 // of the step sizes' gradients. SPLIT: several blocks share a group's B and C, and each
-// writes a (rows, L, 2 STATES groups) float part of its own.
+// writes a (rows, L, 2 N groups) float part of its own.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 scan_gradients(const element *grad, const element *u, const element *code,
                const element *b, const element *c, const float *a, const float *weight,
@@ -291,68 +273,61 @@ scan_gradients(const element *grad, const element *u, const element *code,
                int bc_stride, int columns) {
     extern __shared__ __align__(16) char memory[];
     Shared &m = *reinterpret_cast<Shared *>(memory);
-    float *code_s = reinterpret_cast<float *>(memory + sizeof(Shared));
+    int parts = (per_group + WARPS * WIDTH - 1) / (WARPS * WIDTH);
+    int part = blockIdx.y % parts;
     Place p = place_of(blockIdx.x, L, per_group, batch, E);
-    Square q = {p.warp, p.lane % 4, p.lane / 4, 0, false};
-    int parts = (per_group + THREADS - 1) / THREADS, part = blockIdx.y % parts;
-    int inside = part * THREADS + p.warp * 32 + 4 * q.c;
-    q.valid = inside < per_group;
-    int corner = p.group * per_group + (q.valid ? inside : 0);
-    q.corner = 4LL * q.s * E + corner;
-    grad += (long long)(p.row % grad_rows) * L * E + corner;
-    float D = skip[p.direction * E + p.channel];
-    float rate[4][4], of_rate[4][4], state[4][4], adjoint[4][4];
+    p.group = blockIdx.y / parts;
+    Square q = square_of(part, p.group, per_group);
+    grad += (long long)(p.row % grad_rows) * L * E;
+    float D = q.owner ? skip[p.direction * E + q.own] : 0.0f;
+    float rate[4][ACROSS], of_rate[4][ACROSS], state[4][ACROSS], adjoint[4][ACROSS];
     Sums sums = {0.0f, 0.0f};
     load_square(rate, a + (long long)p.direction * STATES * E, q, E);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) of_rate[j][k] = 0.0f;
+        for (int k = 0; k < ACROSS; k++) of_rate[j][k] = 0.0f;
     }
     for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
         p.chunk = chunk;
         p.count = min(CHUNK, L - chunk * CHUNK);
         p.base = (long long)p.row * L + chunk * CHUNK;
-        const float *first = kept + slot_of(p, chunk, chunks, E);
         load_square(adjoint, adjoints + slot_of(p, chunk, chunks, E), q, E);
-        load_square(state, first, q, E);
-        const element *rows[4] = {u + p.base * E, code + p.base * code_stride,
-                                  b + p.base * b_stride + p.group * STATES,
-                                  c + p.base * c_stride + p.group * STATES};
-#define STAGE(from)                                                                      \
-    stage_part(m, code_s, p, from, min(PART, p.count - (from)), rows[0], rows[1],        \
-               rows[2], rows[3], weight, bias, orders, L, E, rank, code_stride,          \
-               b_stride, c_stride)
         for (int begin = (p.count - 1) / PART * PART; begin >= 0; begin -= PART) {
-            for (int before = 0; before < begin; before += PART) {
-                STAGE(before);
-                walk(state, rate, m, q, false);
-            }
-            STAGE(begin);
-            walk(state, rate, m, q, true);
             long long row = p.base + begin;
+            load_square(state, kept + slot_of(p, chunk, chunks, E), q, E);
+            for (int at = 0; at <= begin; at += PART) {
+                stage_part(m, p, part, per_group, at, min(PART, p.count - at),
+                           u + p.base * E, code + p.base * code_stride,
+                           b + p.base * b_stride + p.group * STATES,
+                           c + p.base * c_stride + p.group * STATES, weight, bias,
+                           orders, L, E, rank, code_stride, b_stride, c_stride);
+                walk(state, rate, m, q, at < begin ? GROUPS : GROUPS - 1, at == begin);
+            }
             Targets to = {grad_u + row * E, grad_step + row * step_stride, grad_bc,
                           step_stride, bc_stride};
 #ifdef SPLIT
-            row += (long long)part * gridDim.z * L;
-            to.bc = static_cast<float *>(grad_bc) + row * bc_stride + p.group * STATES;
+            long long bc_row = row + (long long)part * gridDim.z * L;
+            to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride + p.group * STATES;
 #else
             to.bc = static_cast<element *>(grad_bc) + row * bc_stride + p.group * STATES;
 #endif
-            __syncwarp();
             for (int g = GROUPS - 1; g >= 0; g--) {
-                return_group(adjoint, of_rate, sums, rate, m, to, p, q, g,
-                             p.count - begin, D, grad, E, columns);
+                if (g < GROUPS - 1) take_up(state, m, q, g);
+                return_group(state, adjoint, of_rate, sums, rate, m, to, q, g,
+                             p.count - begin, D, grad, u + row * E, E, columns);
             }
-            if (begin > 0) load_square(state, first, q, E);
         }
     }
     partial += ((long long)blockIdx.x * gridDim.z + p.row) * (STATES + 2) * E;
-    if (q.valid) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) store4(partial + q.corner + (long long)j * E, of_rate[j]);
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int k = 0; k < ACROSS; k++) {
+            if (q.valid[k]) partial[(4LL * q.s + j) * E + q.channel + k] = of_rate[j][k];
+        }
     }
-    if (!p.valid) return;
-    partial[(long long)STATES * E + p.channel] = sums.skip;
-    partial[(long long)(STATES + 1) * E + p.channel] = sums.bias;
+    if (!q.owner) return;
+    partial[(long long)STATES * E + q.own] = sums.skip;
+    partial[(long long)(STATES + 1) * E + q.own] = sums.bias;
 }
