@@ -72,7 +72,7 @@ def load(emulator):
     def load(text: str, name: str, **constants):
         header = compiler.source("common.cuh").rpartition("#line 1")[0]
         text = f'{header}#line 1 "test.cu"\n{text}'
-        library = emulator.library(text, name, tuple(constants.items()))
+        library = emulator.library(text, tuple(constants.items()))
         return emulator.Kernel(library, name)
 
     return load

@@ -95,7 +95,7 @@ def emulated_cuda() -> Iterator[None]:
 
 def _load(file: str, name: str, device: torch.device, constants: tuple) -> Kernel:
     assert device.type == "cpu"
-    return Kernel(library(compiler.source(file), name, constants), name)
+    return Kernel(library(compiler.source(file), constants), name)
 
 
 class Kernel:
@@ -193,16 +193,15 @@ class _Copies:
 
 
 @functools.cache
-def library(source: str, name: str, constants: tuple = ()) -> ctypes.CDLL:
+def library(source: str, constants: tuple = ()) -> ctypes.CDLL:
     """Build a library of a source's kernels, or take it from an earlier run.
 
     Args:
         source: CUDA C++, as `compiler.source` gives it.
-        name: A kernel of it.
         constants: Macros and their values.
     """
-    names = sorted({name, *_KERNEL.findall(source)})
     macros = "".join(f"#define {macro} {value}\n" for macro, value in constants)
+    names = _names(macros + source)
     body = _DYNAMIC.sub(r"\1 *const \2 = (\1 *)emulated::dynamic;", source)
     entries = "".join(_ENTRIES.format(name=name) for name in names)
     types = _NAMES if "struct bfloat16" in source else ""
@@ -212,6 +211,13 @@ def library(source: str, name: str, constants: tuple = ()) -> ctypes.CDLL:
     if not file.exists():
         _build(text, file)
     return ctypes.CDLL(str(file))
+
+
+def _names(source: str) -> list[str]:
+    """The kernels of a source, without those that its conditions leave out."""
+    command = ["g++", "-E", "-P", "-DEMULATED", "-x", "c++", "-"]
+    text = subprocess.run(command, input=source, capture_output=True, text=True).stdout
+    return sorted(_KERNEL.findall(text))
 
 
 def _folder() -> Path:

@@ -10,7 +10,7 @@
 //
 // Constants: X, R and Y, types of x, of the residual and of the result; VEC, 1, 4 or 8;
 // JOIN: 0 no residual, 1 one that is added before the activation, 2 the same, normed
-// first, 3 one that is added after the activation.
+// first, 3 one that is added after the activation; BACKWARD, 0 or 1, which kernels.
 
 #define MOST_THREADS 512
 #define KINDS (JOIN == 2 ? 4 : 2)  // numbers a channel: mean, 1 / deviation; residual's
@@ -139,6 +139,50 @@ INLINE void fold(const Place &p, float (&values)[COUNT], Merge merge) {
     __syncthreads();
 }
 
+// Mean and 1 / deviation of a thread's channels.
+struct Norm {
+    float mean[VEC], rstd[VEC];
+};
+
+INLINE Norm load_norm(const float *stats, int tensor, const Place &p, int C) {
+    Norm norm = {};
+    const float *from = stats + (p.item * KINDS + 2 * tensor) * (long long)C + p.channel;
+    if (p.valid) {
+        load(from, norm.mean);
+        load(from + C, norm.rstd);
+    }
+    return norm;
+}
+
+INLINE void normalise(const Norm &norm, float *values) {
+#pragma unroll
+    for (int j = 0; j < VEC; j++) values[j] = (values[j] - norm.mean[j]) * norm.rstd[j];
+}
+
+// A place for merges: rows are lanes, columns are channels.
+INLINE Place place_to_merge(int C) {
+    Place p;
+    p.row = threadIdx.x / MERGED;
+    p.rows = LANES;
+    p.column = threadIdx.x % MERGED;
+    p.columns = MERGED;
+    p.channel = blockIdx.x * MERGED + p.column;
+    p.valid = p.channel < C;
+    return p;
+}
+
+// A number of each of AHEAD chunks from `chunk` on, one for each lane, or zero.
+INLINE void load_parts(const float *from, const Place &p, int chunk, int chunks,
+                       int stride, float (&values)[AHEAD]) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+        int at = chunk + u * LANES;
+        values[u] = p.valid && at < chunks ? from[at * (long long)stride] : 0.0f;
+    }
+}
+
+#if !BACKWARD
+
 // --- statistics ------------------------------------------------------------------------
 
 // Moments of WIDTH channels: the count, means, sums of squared deviations.
@@ -205,28 +249,6 @@ sum_statistics(const X *__restrict__ x, const R *__restrict__ residual,
     store(to + C, found + 1 + VEC);
 }
 
-// A place for merges: rows are lanes, columns are channels.
-INLINE Place place_to_merge(int C) {
-    Place p;
-    p.row = threadIdx.x / MERGED;
-    p.rows = LANES;
-    p.column = threadIdx.x % MERGED;
-    p.columns = MERGED;
-    p.channel = blockIdx.x * MERGED + p.column;
-    p.valid = p.channel < C;
-    return p;
-}
-
-// A number of each of AHEAD chunks from `chunk` on, one for each lane, or zero.
-INLINE void load_parts(const float *from, const Place &p, int chunk, int chunks,
-                       int stride, float (&values)[AHEAD]) {
-#pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-        int at = chunk + u * LANES;
-        values[u] = p.valid && at < chunks ? from[at * (long long)stride] : 0.0f;
-    }
-}
-
 INLINE void write_statistics(float *stats, int item, int tensor, int C, int channel,
                              float mean, float rest, int N, float eps) {
     float *to = stats + (item * KINDS + 2 * tensor) * (long long)C + channel;
@@ -258,26 +280,6 @@ merge_statistics(const float *__restrict__ parts, float *__restrict__ stats, int
 }
 
 // --- the result ------------------------------------------------------------------------
-
-// Mean and 1 / deviation of a thread's channels.
-struct Norm {
-    float mean[VEC], rstd[VEC];
-};
-
-INLINE Norm load_norm(const float *stats, int tensor, const Place &p, int C) {
-    Norm norm = {};
-    const float *from = stats + (p.item * KINDS + 2 * tensor) * (long long)C + p.channel;
-    if (p.valid) {
-        load(from, norm.mean);
-        load(from + C, norm.rstd);
-    }
-    return norm;
-}
-
-INLINE void normalise(const Norm &norm, float *values) {
-#pragma unroll
-    for (int j = 0; j < VEC; j++) values[j] = (values[j] - norm.mean[j]) * norm.rstd[j];
-}
 
 INLINE void write_result(const X *x, const R *residual, Y *out, const Place &p, int C,
                          float slope, const Norm &of_x, const Norm &of_residual) {
@@ -344,6 +346,8 @@ normalise_small(const X *__restrict__ x, const R *__restrict__ residual,
     write_result(x, residual, out, p, C, slope, of_x, of_residual);
 }
 
+#else
+
 // --- gradients -------------------------------------------------------------------------
 
 struct Add {
@@ -400,7 +404,7 @@ INLINE void sum_rows(const Y *grad, const X *x, const R *residual, const Place &
     });
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
 sum_gradients(const Y *__restrict__ grad, const X *__restrict__ x,
               const R *__restrict__ residual, const float *__restrict__ stats,
               float *__restrict__ parts, int batch, int N, int C, int columns,
@@ -471,7 +475,7 @@ INLINE void write_gradients(const Y *grad, const X *x, const R *residual, X *gra
     });
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
 differentiate_large(const Y *__restrict__ grad, const X *__restrict__ x,
                     const R *__restrict__ residual, const float *__restrict__ stats,
                     const float *__restrict__ means, X *__restrict__ grad_x,
@@ -505,3 +509,5 @@ differentiate_small(const Y *__restrict__ grad, const X *__restrict__ x,
     write_gradients(grad, x, residual, grad_x, grad_residual, p, C, slope, of_x,
                     of_residual, sums);
 }
+
+#endif

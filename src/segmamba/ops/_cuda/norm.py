@@ -130,6 +130,7 @@ class Work:
         shape: torch.Size,
         types: tuple[torch.dtype, torch.dtype, torch.dtype],
         join: int,
+        backward: bool,
         most: int,
     ) -> None:
         self.device = device
@@ -142,6 +143,7 @@ class Work:
         self.sizes = *sizes, self.plan.columns
         names = dict(zip("XRY", map(_NAMES.__getitem__, types), strict=True))
         self._constants = {**names, "JOIN": join, "VEC": vector}
+        self._constants["BACKWARD"] = int(backward)
         self._kernels: dict[str, Kernel] = {}
 
     def kernel(self, name: str) -> Kernel:
@@ -165,12 +167,14 @@ _work = functools.lru_cache(maxsize=1024)(Work)
 
 
 def _work_on(
-    x: Tensor, residual: Tensor | None, result: Tensor, join: int, most: int
+    x: Tensor, residual: Tensor | None, result: Tensor, join: int, backward: bool
 ) -> Work:
     other = x if residual is None else residual
     addresses = x.data_ptr() | other.data_ptr() | result.data_ptr()
     types = x.dtype, other.dtype, result.dtype
-    return _work(x.device, x.shape, types, join, 1 if addresses % 16 else most)
+    # With eight channels the sums for two norms' gradients would fill the registers.
+    most = 1 if addresses % 16 else 4 if backward and join == NORMED else 8
+    return _work(x.device, x.shape, types, join, backward, most)
 
 
 # --- the operators --------------------------------------------------------------------
@@ -194,7 +198,7 @@ def norm(
         and of the residual, (B, 4, C).
     """
     out = torch.empty_like(x, dtype=dtype)
-    work = _work_on(x, residual, out, join, 8)
+    work = _work_on(x, residual, out, join, backward=False)
     plan = work.plan
     tensors = 2 if join == NORMED else 1
     stats = work.new(work.batch, 2 * tensors, work.channels)
@@ -251,8 +255,7 @@ def norm_backward(
     join = 0 if residual is None else join
     grad_x = torch.empty_like(x)
     grad_residual = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    # With more channels a thread's sums of two norms would fill its registers.
-    work = _work_on(x, residual, grad, join, 4 if join == NORMED else 8)
+    work = _work_on(x, residual, grad, join, backward=True)
     plan = work.plan
     inputs, outputs = (grad, x, residual, stats), (grad_x, grad_residual)
     if plan.small:
