@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -24,6 +25,7 @@ from segmamba.benchmark import (
     predict,
     run_benchmark,
     scan,
+    simulated,
     table_row,
     timing,
 )
@@ -233,19 +235,45 @@ def test_predict_times_the_whole_and_its_parts() -> None:
     record = run_benchmark("predict", QUICK)
     assert record.failures == []
     rows = {row["mode"]: row for row in record.data["measurements"]}
-    parts = ["read", "preprocess", "network", "restore", "write"]
-    assert list(rows) == ["end to end", *parts]
+    parts = ["read", "preprocess", "copy", "windows", "windows, network left out"]
+    assert list(rows) == ["end to end", *parts, "restore", "write"]
+    assert rows["windows, network left out"]["max_ms"] < rows["windows"]["min_ms"]
+    assert rows["end to end"]["passes"] == 8 * rows["end to end"]["windows"]
     assert rows["end to end"]["shape"] == [4, 26, 24, 20]
     assert rows["end to end"]["windows"] >= 4
     assert rows["end to end"]["cold_ms"] > 0
-    assert record.data["checks"]["prediction"]["errors"] == {
-        "differing voxels": 0,
-        "empty": 0,
-    }
+    same = {"differing voxels": 0, "empty": 0}
+    assert record.data["checks"]["prediction"]["errors"] == same
+
+
+def test_predict_times_the_command_too(tmp_path: Path, monkeypatch) -> None:
+    """In this process, since a new one would compile anew for half a minute."""
+    calls = []
+
+    def run(words: list[str], **options) -> subprocess.CompletedProcess[str]:
+        assert words[:3] == [sys.executable, "-m", "segmamba"]
+        calls.append(words)
+        return subprocess.CompletedProcess(words, cli.main(words[3:]), "", "broken")
+
+    monkeypatch.setattr(predict, "subprocess", SimpleNamespace(run=run))
+    record, predictor = Record("test", QUICK), predict._predictor(QUICK)
+    files = simulated.simulate_scans(tmp_path / "case", (20, 16, 16))
+    predict._end_to_end(predictor, files, tmp_path)
+    predict._keep_command(record, "case", predictor, files, tmp_path)
+    assert record.failures == []
+    assert len(calls) == predict.ROUNDS
+    (row,) = record.data["measurements"]
+    assert row["mode"] == "whole command"
+    assert row["rounds"] == 3
+    errors = record.data["checks"]["whole command"]["errors"]
+    assert errors == {"differing voxels": 0, "empty": 0}
+    missing = [file.with_name("gone.nii.gz") for file in files]
+    predict._keep_command(record, "case", predictor, tuple(missing), tmp_path)
+    assert "broken" in record.failures[0]
 
 
 def test_predict_takes_a_case_of_ones_own(tmp_path: Path) -> None:
-    files = predict._simulate(tmp_path / "a-case", (20, 22, 18))
+    files = simulated.simulate_scans(tmp_path / "a-case", (20, 22, 18))
     settings = replace(QUICK, case=tmp_path / "a-case")
     rows = run_benchmark("predict", settings).data["measurements"]
     assert rows[0]["shape"] == [4, 20, 22, 18]

@@ -109,15 +109,18 @@ def commit() -> str | None:
 
 
 @contextmanager
-def fixed_arithmetic() -> Iterator[None]:
+def fixed_arithmetic(*, search: bool = True) -> Iterator[None]:
     """Switch TF32 off and cuDNN's search for the fastest algorithm on, then back.
 
     float32 then means float32, and everything compared runs under one rule.
+
+    Args:
+        search: False switches the search off.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, search
     try:
         yield
     finally:

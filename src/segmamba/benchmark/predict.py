@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from segmamba.atomic import write_json
+from segmamba.benchmark.checks import NETWORK_LIMITS, relative_error
+from segmamba.benchmark.environment import fixed_arithmetic
 from segmamba.benchmark.model import build, check_network
-from segmamba.benchmark.peers import CHANNELS
+from segmamba.benchmark.peers import CHANNELS, OUTPUTS
 from segmamba.benchmark.record import OURS, Record
 from segmamba.benchmark.settings import BenchmarkSettings
+from segmamba.benchmark.simulated import (
+    CHANNEL_NAMES,
+    QUICK_SHAPE,
+    SCHEME,
+    SHAPE,
+    simulate_scans,
+)
 from segmamba.benchmark.timing import allocated, summary, synchronize
-from segmamba.data.labels import LabelScheme
-from segmamba.data.plan import ChannelNormalization, Plan
+from segmamba.checkpoint import save_model
+from segmamba.data.dataset import Dataset, dataset_to_dict
+from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
 from segmamba.data.preprocess import preprocess_image, restore_label_map
+from segmamba.devices import peak_memory_mib
 from segmamba.errors import FormatError, SegMambaError, describe
 from segmamba.inference import Prediction, Predictor, find_cases, predict_cases
-from segmamba.inference.cases import peak_memory_mib
+from segmamba.inference.replay import Replays
 from segmamba.inference.sliding_window import num_windows, sliding_window_logits
-from segmamba.io import Volume, read_case, write_volume
-from segmamba.types import Size3
+from segmamba.io import read_case
+from segmamba.types import JsonDict
 
 T = TypeVar("T")
-
-CHANNEL_NAMES = ("t1n", "t1c", "t2w", "t2f")
-SCHEME = LabelScheme(
-    {"background": 0, "necrotic core": 1, "oedema": 2, "enhancing tumour": 3}
-)
-SHAPE: Size3 = (240, 240, 155)
-QUICK_SHAPE: Size3 = (26, 24, 20)
-"""Voxels of the simulated scan along I, J, K, 1 mm each."""
-
-BRAIN = (0.31, 0.38, 0.45)
-"""Half axes of the simulated brain as shares of the scan's sides."""
 
 PATCH, QUICK_PATCH = 128, 16
 ROUNDS = 3
@@ -50,50 +54,104 @@ one class from another, and cuDNN may change its algorithm."""
 def benchmark_predict(record: Record) -> None:
     """Predict a case end to end, with overlap 0.5 and all eight mirrorings.
 
-    The weights are random, which costs the same. After one cold prediction, which
-    compiles and searches for algorithms, three are timed by the clock. Then the same
-    steps are taken one by one and timed each; their label map must be the same.
+    The weights are random, which costs the same. cuDNN doesn't search for algorithms,
+    as it doesn't when users predict. After one cold prediction, which compiles, three
+    are timed by the clock. Then the same steps are taken one by one, three times; their
+    label map must be the same. At last the command itself is timed, from its start.
 
     Args:
         record: Where the rows go: the whole, its parts, and the peaks of memory.
     """
-    settings = record.settings
     if not check_network(record):
         return
-    with tempfile.TemporaryDirectory(prefix="segmamba-benchmark-") as folder:
-        files = _case_files(settings, Path(folder) / "case")
-        predictor = _predictor(settings)
+    with (
+        fixed_arithmetic(search=False),
+        tempfile.TemporaryDirectory(prefix="segmamba-benchmark-") as name,
+    ):
+        folder = Path(name)
+        files = _case_files(record.settings, folder / "case")
+        predictor = _predictor(record.settings)
         allocated(record.device)  # free what the check held
         if record.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(record.device)
-        rounds = range(ROUNDS + 1)
-        times = [_end_to_end(predictor, files, Path(folder)) for _ in rounds]
-        steps = _Steps(predictor, files, Path(folder) / "parts.nii.gz")
+        times = [_end_to_end(predictor, files, folder) for _ in range(ROUNDS + 1)]
+        memory = _gpu_peaks(record.device)
+        steps = _Steps(predictor, files, folder / "parts.nii.gz")
         if not record.check(
-            "prediction", lambda: _difference(steps, folder), SAME_SHARE
+            "prediction", lambda: _difference(folder, "whole", "parts"), SAME_SHARE
         ):
             return
-        _keep(record, steps, times)
+        _keep(record, steps, times, memory)
+        if record.device.type == "cuda":
+            _keep_other_ways(record, steps)
+        if not record.settings.quick:
+            _keep_command(record, steps.case, predictor, files, folder)
 
 
-def _keep(record: Record, steps: _Steps, times: list[float]) -> None:
-    memory = {
-        "peak_mib": _gpu_peak_mib(record.device),
-        "peak_cpu_mib": peak_memory_mib(torch.device("cpu")),
-    }
-    case = "x".join(map(str, steps.shape))
+def _keep(record: Record, steps: _Steps, times: list[float], memory: JsonDict) -> None:
     record.add(
         OURS,
-        case,
+        steps.case,
         "end to end",
         **summary(times[1:]),
         cold_ms=times[0],
         shape=[CHANNELS, *steps.shape],
+        preprocessed_shape=list(steps.image.shape),
         windows=steps.windows,
+        passes=steps.windows * 2 ** len(steps.predictor.mirror_axes),
         **memory,
     )
     for name, milliseconds in steps.taken.items():
-        record.add(OURS, case, name, **summary([milliseconds]))
+        record.add(OURS, steps.case, name, **summary(milliseconds))
+
+
+def _keep_other_ways(record: Record, steps: _Steps) -> None:
+    """Time the windows as they would run without a graph, and with other algorithms."""
+    network = steps.predictor.networks[0]
+
+    def difference() -> dict[str, float]:
+        plain = steps.logits(network)
+        return {"logits": relative_error(steps.logits(steps.launcher), plain)}
+
+    limit = NETWORK_LIMITS[record.settings.precision]
+    if not record.check("windows replayed as a graph", difference, limit):
+        return
+    for name, search in (("launched singly", False), ("algorithms searched", True)):
+        with fixed_arithmetic(search=search):
+            steps.logits(network)
+            times = [steps.time(lambda: steps.logits(network))[1] for _ in "123"]
+        record.add(OURS, steps.case, f"windows, {name}", **summary(times))
+
+
+def _keep_command(
+    record: Record,
+    case: str,
+    predictor: Predictor,
+    files: tuple[Path, ...],
+    folder: Path,
+) -> None:
+    """Time `segmamba predict` in a process of its own, its kernels compiled before."""
+    _write_run(predictor, folder / "run")
+    words = [sys.executable, "-m", "segmamba", "predict", str(folder / "run")]
+    words += [*map(str, files), "-o", str(folder / "command.nii.gz"), "--overwrite"]
+    words += ["--device", str(predictor.device), "--precision", predictor.precision]
+
+    def run() -> float:
+        begin = time.perf_counter()
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SegMambaError(done.stderr.strip() or f"exit code {done.returncode}")
+        return 1000 * (time.perf_counter() - begin)
+
+    times: list[float] = []
+
+    def difference() -> dict[str, float]:
+        times.extend(run() for _ in range(ROUNDS))
+        return _difference(folder, "whole", "command")
+
+    if record.check("whole command", difference, SAME_SHARE):
+        peak = _children_peak_mib()
+        record.add(OURS, case, "whole command", **summary(times), peak_cpu_mib=peak)
 
 
 def _end_to_end(predictor: Predictor, files: tuple[Path, ...], folder: Path) -> float:
@@ -106,55 +164,85 @@ def _end_to_end(predictor: Predictor, files: tuple[Path, ...], folder: Path) -> 
 
 
 class _Steps:
-    """The steps of a prediction by themselves, each timed once."""
+    """The steps of a prediction by themselves, each timed so many rounds."""
 
     def __init__(
         self, predictor: Predictor, files: tuple[Path, ...], out: Path
     ) -> None:
-        self.taken: dict[str, float] = {}
-        self.device = predictor.device
-        plan = predictor.plan
-        volume = self._time("read", lambda: read_case(files))
-        image, geometry = self._time(
+        self.taken: dict[str, list[float]] = defaultdict(list)
+        self.predictor = predictor
+        self.launcher = Replays().launcher(predictor.networks[0], predictor.device)
+        for _ in range(ROUNDS):
+            self._take(files, out)
+
+    def _take(self, files: tuple[Path, ...], out: Path) -> None:
+        plan = self.predictor.plan
+        volume = self._step("read", lambda: read_case(files))
+        array, geometry = self._step(
             "preprocess", lambda: preprocess_image(volume, plan)
         )
-        logits = self._time(
-            "network",
-            lambda: sliding_window_logits(
-                predictor.networks,
-                torch.from_numpy(image),
-                plan.patch_size,
-                overlap=predictor.overlap,
-                mirror_axes=predictor.mirror_axes,
-                device=predictor.device,
-                precision=predictor.precision,
-            ),
+        image = torch.from_numpy(array)
+        self.image = self._step("copy", lambda: image.to(self.predictor.device))
+        self.shape, self.case = volume.shape, "x".join(map(str, volume.shape))
+        self.windows = num_windows(
+            geometry.shape, plan.patch_size, self.predictor.overlap
         )
-        self.label_map = self._time(
+        logits = self._step("windows", lambda: self.logits(self.launcher))
+        self._step("windows, network left out", lambda: self.logits(_Nothing()))
+        label_map = self._step(
             "restore", lambda: restore_label_map(logits, geometry, SCHEME)
         )
-        prediction = Prediction(self.label_map, volume.affine, source=volume.path)
-        self._time("write", lambda: prediction.save(out))
-        self.shape = volume.shape
-        self.windows = num_windows(geometry.shape, plan.patch_size, predictor.overlap)
+        prediction = Prediction(label_map, volume.affine, source=volume.path)
+        self._step("write", lambda: prediction.save(out))
 
-    def _time(self, name: str, step: Callable[[], T]) -> T:
-        synchronize(self.device)
+    def logits(self, network: Callable[..., Any]) -> Tensor:
+        """Run a network over the windows as the predictor does."""
+        return sliding_window_logits(
+            network,
+            self.image,
+            self.predictor.plan.patch_size,
+            overlap=self.predictor.overlap,
+            mirror_axes=self.predictor.mirror_axes,
+            device=self.predictor.device,
+            precision=self.predictor.precision,
+        )
+
+    def time(self, step: Callable[[], T]) -> tuple[T, float]:
+        """Give a step's result and its milliseconds."""
+        synchronize(self.predictor.device)
         begin = time.perf_counter()
         result = step()
-        synchronize(self.device)
-        self.taken[name] = 1000 * (time.perf_counter() - begin)
+        synchronize(self.predictor.device)
+        return result, 1000 * (time.perf_counter() - begin)
+
+    def _step(self, name: str, step: Callable[[], T]) -> T:
+        result, milliseconds = self.time(step)
+        self.taken[name].append(milliseconds)
         return result
 
 
-def _difference(steps: _Steps, folder: str) -> dict[str, float]:
-    """Share of voxels in which the files of the whole and of its parts differ."""
-    paths = [Path(folder) / f"{name}.nii.gz" for name in ("whole", "parts")]
-    whole, parts = (read_case([path]).array for path in paths)
-    if whole.shape != parts.shape:
+class _Nothing:
+    """A network that costs nothing: what is left is mirroring, weights and sums."""
+
+    logits: Tensor | None = None
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if self.logits is None:
+            kind = batch.device.type
+            half = torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if half else batch.dtype
+            shape = (len(batch), OUTPUTS, *batch.shape[2:])
+            self.logits = torch.zeros(shape, dtype=dtype, device=batch.device)
+        return self.logits
+
+
+def _difference(folder: Path, *names: str) -> dict[str, float]:
+    """Share of voxels in which two label maps differ."""
+    one, other = (read_case([folder / f"{name}.nii.gz"]).array for name in names)
+    if one.shape != other.shape:
         return {"differing voxels": float("inf")}
-    empty = 0.0 if parts.any() else 1.0
-    return {"differing voxels": float((whole != parts).mean()), "empty": empty}
+    empty = 0.0 if other.any() else 1.0
+    return {"differing voxels": float((one != other).mean()), "empty": empty}
 
 
 def _predictor(settings: BenchmarkSettings) -> Predictor:
@@ -179,10 +267,25 @@ def _predictor(settings: BenchmarkSettings) -> Predictor:
     )
 
 
+def _write_run(predictor: Predictor, folder: Path) -> None:
+    """Write what training would have left."""
+    plan, network = predictor.plan, predictor.networks[0]
+    assert isinstance(network, torch.nn.Module)
+    dataset = Dataset("simulated", folder, "brats", CHANNEL_NAMES, SCHEME, ())
+    save_plan(folder / "plan.json", plan)
+    write_json(folder / "dataset.json", dataset_to_dict(dataset))
+    save_model(
+        folder / "fold_0" / "model.safetensors",
+        network.state_dict(),
+        network=plan.network,
+        metadata={"plan_hash": plan_hash(plan), "finished": True},
+    )
+
+
 def _case_files(settings: BenchmarkSettings, folder: Path) -> tuple[Path, ...]:
     """The given case's four files, or those of a simulated one."""
     if settings.case is None:
-        return _simulate(folder, QUICK_SHAPE if settings.quick else SHAPE)
+        return simulate_scans(folder, QUICK_SHAPE if settings.quick else SHAPE)
     case = find_cases(settings.case, CHANNEL_NAMES)[0]
     if case.problem is not None or len(case.images) != CHANNELS:
         raise FormatError(
@@ -196,21 +299,19 @@ def _case_files(settings: BenchmarkSettings, folder: Path) -> tuple[Path, ...]:
     return case.images
 
 
-def _simulate(folder: Path, shape: Size3) -> tuple[Path, ...]:
-    """Write four noisy ellipsoids on zeros, as large as a brain, as int16."""
-    random = np.random.default_rng(0)
-    grid = np.meshgrid(*[np.linspace(-0.5, 0.5, n) for n in shape], indexing="ij")
-    brain = sum((x / half) ** 2 for x, half in zip(grid, BRAIN, strict=True)) < 1
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    files = []
-    for name in CHANNEL_NAMES:
-        image = random.normal(500, 80, shape) * brain
-        files.append(folder / f"case-{name}.nii.gz")
-        write_volume(files[-1], Volume(image.astype(np.int16)[None], affine))
-    return tuple(files)
-
-
-def _gpu_peak_mib(device: torch.device) -> float | None:
+def _gpu_peaks(device: torch.device) -> JsonDict:
+    """Most GPU memory in MiB that tensors took, and that was held for them."""
     if device.type != "cuda":
+        return {"peak_mib": None}
+    held = torch.cuda.max_memory_reserved(device) / 2**20
+    return {"peak_mib": peak_memory_mib(device), "peak_reserved_mib": round(held, 1)}
+
+
+def _children_peak_mib() -> float | None:
+    """Most memory in MiB that a process took that this one has started."""
+    try:
+        import resource
+    except ImportError:  # Windows
         return None
-    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
