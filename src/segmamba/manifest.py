@@ -24,6 +24,7 @@ import torch
 from segmamba._version import __version__
 from segmamba.atomic import write_json
 from segmamba.devices import peak_memory_mib
+from segmamba.ops.backends import automatic_backend
 from segmamba.types import JsonDict
 
 FORMAT = "segmamba manifest"
@@ -233,7 +234,7 @@ def package_version(name: str) -> str | None:
 
 
 def machine(device: torch.device | None) -> JsonDict:
-    """Describe what computes: system, processor, threads, and the networks' device."""
+    """Describe what computes: system, processor, threads, device, back end of scans."""
     return {
         "system": platform.platform(),
         "processor": processor_name(),
@@ -241,6 +242,7 @@ def machine(device: torch.device | None) -> JsonDict:
         "threads": torch.get_num_threads(),
         "device": None if device is None else str(device),
         "gpu": _gpu_name(device),
+        "backend": None if device is None else automatic_backend(device)[0],
     }
 
 

@@ -100,11 +100,22 @@ def test_both_empty_is_agreement_and_counted():
     assert (row["dice"], row["hd95_mm"]) == (1.0, 0.0)
 
 
+def test_differing_voxels_are_counted(folders):
+    metrics = evaluate_folder(*folders)
+    voxels = np.count_nonzero(label_map() != label_map(1))
+    assert metrics["differing_voxels"] == {
+        "largest": voxels / 1920,
+        "cases": {"a": 0.0, "b": voxels / 1920},
+    }
+
+
 def test_metrics_json_has_the_stated_form(folders, tmp_path):
     metrics = evaluate_folder(*folders, workers=1)
     atomic.write_json(tmp_path / "metrics.json", metrics)
     read = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(read) == ["cases", "summary", "mean", "unmatched", "rules"]
+    assert list(read) == [
+        *("cases", "summary", "mean", "differing_voxels", "unmatched", "rules")
+    ]
     assert read["cases"]["a"]["1"]["dice"] == 1.0
     assert read["cases"]["b"]["1"]["dice"] == 0.75
     row = read["summary"]["1"]["dice"]

@@ -124,6 +124,8 @@ class Evaluate:
                 progress=progress,
             )
         print_summary(metrics)
+        share = metrics["differing_voxels"]["largest"]
+        say(f"At most {share:.3g} of a case's voxels differ.")
         say(f"Written to {self.output}")
         return 0
 

@@ -157,7 +157,7 @@ def evaluate_folder(
 
     Returns:
         {"cases": {id: {label: numbers}}, "summary": {label: ...}, "mean": ...,
-        "unmatched": ..., "rules": ...}, ready for JSON.
+        "differing_voxels": ..., "unmatched": ..., "rules": ...}, ready for JSON.
 
     Raises:
         FormatError: Files are missing or unreadable, or nothing matches.
@@ -170,11 +170,11 @@ def evaluate_folder(
     scheme = pairing.labels if labels is None else _scheme(labels)
     groups = scheme or _groups_found(pairing.pairs, workers)
 
-    def score(pair: Pair) -> dict[str, JsonDict]:
+    def score(pair: Pair) -> tuple[dict[str, JsonDict], float]:
         found, truth = _read_pair(pair)
         if scheme is not None:
             _check_values(found, scheme)
-        return evaluate_case(
+        scores = evaluate_case(
             found.array[0],
             truth.array[0],
             truth.spacing_mm,
@@ -183,20 +183,37 @@ def evaluate_folder(
             penalty_mm=penalty_mm,
             lesions=rule,
         )
+        return scores, differing_share(found.array[0], truth.array[0])
 
-    scores = for_each_case(score, pairing.pairs, workers=workers, progress=progress)
-    cases = {pair.id: row for pair, row in zip(pairing.pairs, scores, strict=True)}
+    rows = for_each_case(score, pairing.pairs, workers=workers, progress=progress)
+    names = [pair.id for pair in pairing.pairs]
+    cases = {name: scores for name, (scores, _) in zip(names, rows, strict=True)}
+    shares = {name: share for name, (_, share) in zip(names, rows, strict=True)}
     summary = summarize_cases(cases)
     return {
         "cases": cases,
         "summary": summary,
         "mean": _mean_over_labels(summary),
+        "differing_voxels": {"largest": max(shares.values()), "cases": shares},
         "unmatched": {
             "references": list(pairing.references_alone),
             "predictions": list(pairing.predictions_alone),
         },
         "rules": describe_rules(tolerance_mm, penalty_mm, rule),
     }
+
+
+def differing_share(first: Array, second: Array) -> float:
+    """Give the share of voxels in which two label maps differ.
+
+    Args:
+        first: Integers of any shape.
+        second: Integers of the same shape.
+
+    Returns:
+        0 (the same) to 1.
+    """
+    return np.count_nonzero(first != second) / max(first.size, 1)
 
 
 def describe_rules(

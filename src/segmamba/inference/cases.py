@@ -127,7 +127,10 @@ def predict_cases(
     for index, case in enumerate(cases):
         files = CaseFiles(folder if alone else folder / f"{case.id}{SUFFIX}", alone)
         if not overwrite and extras.is_done(case, files):
-            result = CaseResult(case.id, "skipped", case.images, files.label_map)
+            result = CaseResult(
+                *(case.id, "skipped", case.images, files.label_map),
+                facts={} if case.id in record.cases else _facts_of_skipped(case),
+            )
         else:
             steps = _Steps(progress, index, len(cases))
             result = _predict_case(predictor, case, files, extras, steps)
@@ -160,6 +163,10 @@ def _cases(
             )
         )
     return cases
+
+
+def _facts_of_skipped(case: InputCase) -> JsonDict:
+    return {**describe_inputs(case), "warnings": []}
 
 
 def _check_file(file: Path, cases: list[InputCase], overwrite: bool) -> None:

@@ -130,9 +130,9 @@ def commands_again(run: Path | str) -> dict[str, str]:
 def _command_again(run: RunFolder, fold: str, manifest: JsonDict) -> str:
     device = manifest["machine"]["device"].partition(":")[0]
     words = ["segmamba", "train", manifest["data"]["folder"], "-o", "run-again"]
-    words += ["--config", str(run.fold(fold) / SETTINGS), "--fold", fold]
+    words += ["--config", str(run.fold(fold).absolute() / SETTINGS), "--fold", fold]
     if fold != "all":
-        words += ["--splits", str(run.splits)]
+        words += ["--splits", str(run.splits.absolute())]
     return shlex.join([*words, "--device", device])
 
 
@@ -143,7 +143,8 @@ def _describe_training(fold: Path) -> Rows:
     manifest = atomic.read_json(fold / NAME)
     data, split = manifest["data"], manifest["split"]
     calls = [call["command_line"] or "from Python" for call in manifest["sessions"]]
-    computer = manifest["machine"]["gpu"] or manifest["machine"]["processor"]
+    machine = manifest["machine"]
+    computer = f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads"
     versions = [f"{name} {text}" for name, text in manifest["versions"].items() if text]
     cases = f"{len(split['train'])} to train, {len(split['val'])} held out"
     return [
@@ -155,8 +156,8 @@ def _describe_training(fold: Path) -> Rows:
         ("split", f"{split['hash']}: {cases}"),
         ("plan", manifest["plan"]["hash"]),
         ("versions", ", ".join(versions)),
-        ("computer", f"{computer}, {manifest['machine']['threads']} threads"),
-        ("precision", manifest["precision"]),
+        ("computer", computer),
+        ("precision", f"{manifest['precision']}, scans by {machine['backend']}"),
         ("the same bits", _describe_repeatability(manifest)),
     ]
 
