@@ -40,7 +40,8 @@ OPTIONS = (
 )
 
 _KERNEL = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\('
+    r'extern\s+"C"\s+__global__\s+void\s+'
+    r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
 _DYNAMIC = re.compile(
     r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]\s*;"
@@ -215,7 +216,8 @@ def library(source: str, constants: tuple = ()) -> ctypes.CDLL:
 
 def _names(source: str) -> list[str]:
     """The kernels of a source, without those that its conditions leave out."""
-    command = ["g++", "-E", "-P", "-DEMULATED", "-x", "c++", "-"]
+    command = ["g++", "-E", "-P", "-DEMULATED", "-D__launch_bounds__(...)="]
+    command += ["-x", "c++", "-"]
     text = subprocess.run(command, input=source, capture_output=True, text=True).stdout
     return sorted(_KERNEL.findall(text))
 
