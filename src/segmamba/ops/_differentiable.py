@@ -33,12 +33,23 @@ def differentiable(
     operator.register_autograd(gradients, setup_context=context)
 
     class Direct(torch.autograd.Function):
-        forward = staticmethod(implementation)
-        setup_context = staticmethod(context)
-        backward = staticmethod(torch.autograd.function.once_differentiable(gradients))
+        # With a `setup_context` of its own, PyTorch would bind the arguments by name at
+        # every call, which takes longer than all the rest.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            outputs = implementation(*inputs)
+            context(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(ctx, *grads)
 
     def call(*inputs: Any) -> Any:
-        return operator(*inputs) if _is_traced(inputs) else Direct.apply(*inputs)
+        if _is_traced(inputs):
+            return operator(*inputs)
+        return (Direct.apply if torch.is_grad_enabled() else implementation)(*inputs)
 
     return call
 
@@ -60,13 +71,15 @@ def direct_or(operator: Any, implementation: Callable[..., Any]) -> Callable[...
     return call
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _is_traced(inputs: tuple[Any, ...]) -> bool:
-    """Whether a compiler looks on, or an input is no plain tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
-        or any(
-            isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter)
-            for x in inputs
-        )
-    )
+    """Whether a compiler or a transform looks on, or an input is no plain tensor."""
+    if torch.compiler.is_compiling():
+        return True
+    for x in inputs:
+        if type(x) not in _PLAIN and isinstance(x, Tensor):
+            return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch._C._are_functorch_transforms_active()

@@ -12,6 +12,7 @@ from segmamba.errors import (
     GeometryError,
     describe,
 )
+from segmamba.ops._differentiable import differentiable, direct_or
 from segmamba.ops.backends import why_not_on
 
 SLOPE = 0.01
@@ -75,9 +76,7 @@ def instance_norm(
     code = 0 if residual is None else 1 + _JOINS.index(join)
     if residual is not None:
         residual = residual.contiguous(memory_format=_CHANNELS_LAST)
-    if torch.compiler.is_compiling() or type(x) not in _EAGER:
-        return fused_norm(x, residual, code, factor, float(eps))[0]
-    return _eager(x, residual, code, factor, float(eps))
+    return _fused_norm(x, residual, code, factor, float(eps))[0]
 
 
 def _check_names(activation: str | None, join: str, backend: str) -> None:
@@ -218,55 +217,6 @@ def _backward(
     return norm.norm_backward(grad, x, residual, stats, join, slope)
 
 
-def _keep(ctx, x: Tensor, residual: Tensor | None, stats: Tensor) -> None:
-    """Keep what `_gradients` needs; `ctx` has join and slope."""
-    after = residual if ctx.join == _AFTER else None
-    ctx.after_type = None if after is None else after.dtype
-    ctx.save_for_backward(x, residual if after is None else None, stats)
-
-
-def _gradients(ctx, grad: Tensor, backward) -> tuple[Tensor | None, ...]:
-    x, residual, stats = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
-    grad_x, grad_residual = backward(grad, x, residual, stats, ctx.join, ctx.slope)
-    if ctx.join == _AFTER:
-        return grad_x, grad.to(ctx.after_type), None, None, None
-    return grad_x, None if residual is None else grad_residual, None, None, None
-
-
-# --- without a compiler ---------------------------------------------------------------
-
-# The operators below cost the host 40 microseconds a call that this doesn't.
-
-_EAGER = (Tensor, torch.nn.Parameter)
-
-
-def _eager(
-    x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
-) -> Tensor:
-    wanted = x.requires_grad or (residual is not None and residual.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        return _FusedNorm.apply(x, residual, join, slope, eps)
-    return _forward(x, residual, join, slope, eps)[0]
-
-
-class _FusedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, join, slope, eps):
-        y, stats = _forward(x, residual, join, slope, eps)
-        ctx.join, ctx.slope = join, slope
-        _keep(ctx, x, residual, stats)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return _gradients(ctx, grad, _backward)
-
-
-# --- for compilers --------------------------------------------------------------------
-
-
 @torch.library.custom_op("segmamba::fused_norm", mutates_args=())
 def fused_norm(
     x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
@@ -301,13 +251,26 @@ def _(grad, x, residual, stats, join, slope):
     return torch.empty_like(x), empty
 
 
+_fused_norm_backward = direct_or(fused_norm_backward, _backward)
+
+
 def _norm_context(ctx, inputs, output):
     x, residual, ctx.join, ctx.slope, _ = inputs
-    _keep(ctx, x, residual, output[1])
+    after = residual if ctx.join == _AFTER else None
+    ctx.after_type = None if after is None else after.dtype
+    ctx.save_for_backward(x, residual if after is None else None, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _norm_gradients(ctx, grad, grad_stats):
-    return _gradients(ctx, grad, fused_norm_backward)
+def _norm_gradients(ctx, grad, _):
+    x, residual, stats = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    grad_x, grad_residual = _fused_norm_backward(
+        grad, x, residual, stats, ctx.join, ctx.slope
+    )
+    if ctx.join == _AFTER:
+        return grad_x, grad.to(ctx.after_type), None, None, None
+    return grad_x, None if residual is None else grad_residual, None, None, None
 
 
-fused_norm.register_autograd(_norm_gradients, setup_context=_norm_context)
+_fused_norm = differentiable(fused_norm, _forward, _norm_context, _norm_gradients)
