@@ -22,9 +22,9 @@ _LANES = 32
 _WARPS = (3, 4, 2)
 """Warps that share B and C, if they divide those that the channels need."""
 
-_SQUARES = ((3, 12), (4, 8))
+_SQUARES = ((3, 8), (4, 8))
 """Channels of a thread of the gradients' kernel, and warps that a multiprocessor holds
-then: 168 and 255 registers a thread."""
+then, for the sake of 255 registers a thread."""
 
 _PART = 32
 """Steps of a chunk whose states the gradients' kernel holds in shared memory."""
@@ -401,6 +401,7 @@ def _shared_bytes(scan: Scan, cut: _Cut) -> int:
     """Size of the gradients' kernel's shared memory: struct Shared, or the code."""
     part = min(_PART, scan.steps)
     rows = part * (2 * STATES * 4 + 4) + 2 * cut.warps * 4 * _LANES * 4
-    rows += cut.warps * part * cut.width * 2 * 4
+    pitch = 4 if cut.across == 3 else cut.across
+    rows += cut.warps * part * 8 * pitch * 3 * 4
     left = cut.warps * (part // 4 - 1) * cut.across * _LANES * 4 * 4
     return rows + max(left, scan.code_bytes(part))

@@ -110,7 +110,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     stage_states(BC, 2 * STATES, b, b_stride, p.count, CHUNK);
     stage_states(BC + STATES, 2 * STATES, c, c_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
-    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, CHUNK);
+    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, E, CHUNK);
     float rate[STATES], state[STATES];
     load_rates(rate, a, p, E);
     float D = skip[p.direction * E + p.channel];
@@ -124,7 +124,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             bool there = add && p.valid && t0 + i < p.count;
-            before[i] = there ? to_float(y[(long long)tokens[t0 + i] * E]) : 0.0f;
+            before[i] = there ? to_float(y[tokens[t0 + i]]) : 0.0f;
         }
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
@@ -141,7 +141,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
             }
             if (!p.valid || t0 + i >= p.count) continue;
             float out = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            y[(long long)tokens[t0 + i] * E] = from_float(out);
+            y[tokens[t0 + i]] = from_float(out);
         }
     }
 }
@@ -164,7 +164,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
     grad += (long long)(p.row % grad_rows) * L * E + p.channel;
     stage_states(C, STATES, c, c_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
-    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, CHUNK);
+    stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, E, CHUNK);
     float rate[STATES], adjoint[STATES];
     load_rates(rate, a, p, E);
 #pragma unroll
@@ -175,7 +175,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             bool here = p.valid && t0 + i < p.count;
-            dy[i] = here ? to_float(grad[(long long)tokens[t0 + i] * E]) : 0.0f;
+            dy[i] = here ? to_float(grad[tokens[t0 + i]]) : 0.0f;
         }
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);

@@ -3,7 +3,7 @@
 // A block does CHUNK steps of a row of sequences (direction times batch) for WARPS groups of
 // 32 channels. Rows of u, of the step sizes' code and of B and C are by position; rows of
 // y and of its gradient by token. Constants: KIND, CHUNK, WARPS, and GIVEN where step sizes
-// come ready instead of as a code.
+// come ready instead of as a code. Offsets within a row of sequences fit 31 bits.
 
 #define STATES 16
 #define THREADS (32 * WARPS)
@@ -39,7 +39,7 @@ INLINE void stage_states(float *to, int width, const element *from, int stride,
     for (int i = threadIdx.x; i < rows * (STATES / 4); i += THREADS) {
         int t = i / (STATES / 4), n = i % (STATES / 4) * 4;
         float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (t < count) load4(from + (long long)t * stride + n, four);
+        if (t < count) load4(from + t * stride + n, four);
         store4(to + t * width + n, four);
     }
 }
@@ -50,19 +50,19 @@ INLINE void stage_code(float *to, const element *from, int stride, int rank, int
     for (int i = threadIdx.x; i < rows * rank; i += THREADS) {
         int t = i / rank, q = i % rank;
         bool here = t < count;
-        to[q * rows + t] = here ? to_float(from[(long long)t * stride + q]) : 0.0f;
+        to[q * rows + t] = here ? to_float(from[t * stride + q]) : 0.0f;
     }
 }
 
-// Tokens of the first `rows` positions of a chunk; positions behind the last give one
-// that exists.
+// Where the tokens of `rows` positions lie in a row of sequences, (L, E); positions
+// behind the last give one that exists.
 INLINE void stage_tokens(int *to, const int *orders, int direction, int first, int L,
-                         int rows) {
+                         int E, int rows) {
     int stride = orders[2 * direction], reverse = orders[2 * direction + 1];
     for (int t = threadIdx.x; t < rows; t += THREADS) {
         int position = min(first + t, L - 1);
         if (reverse) position = L - 1 - position;
-        to[t] = position % stride * (L / stride) + position / stride;
+        to[t] = (position % stride * (L / stride) + position / stride) * E;
     }
 }
 
@@ -75,15 +75,14 @@ INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows,
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         bool here = p.valid && t0 + i < count;
-        dt[i] = here ? to_float(code[(long long)(t0 + i) * code_stride + p.channel])
-                     : 0.0f;
+        dt[i] = here ? to_float(code[(t0 + i) * code_stride + p.channel]) : 0.0f;
     }
 #else
     float offset = bias[p.direction * E + p.channel];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) dt[i] = offset;
     for (int q = 0; q < rank; q++) {
-        float w = weight[((long long)p.direction * rank + q) * E + p.channel];
+        float w = weight[(p.direction * rank + q) * E + p.channel];
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
             float four[4];
@@ -106,13 +105,15 @@ INLINE void column(float *values, const element *from, const Place &p, int t0, i
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         bool here = p.valid && t0 + i < count;
-        values[i] = here ? to_float(from[(long long)(t0 + i) * E + p.channel]) : 0.0f;
+        values[i] = here ? to_float(from[(t0 + i) * E + p.channel]) : 0.0f;
     }
 }
 
 INLINE void load_rates(float *rate, const float *a, const Place &p, int E) {
 #pragma unroll
-    for (int n = 0; n < STATES; n++) rate[n] = a[((long long)p.direction * STATES + n) * E + p.channel];
+    for (int n = 0; n < STATES; n++) {
+        rate[n] = a[(p.direction * STATES + n) * E + p.channel];
+    }
 }
 
 INLINE void load16(const float *from, float *values) {

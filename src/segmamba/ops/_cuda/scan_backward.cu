@@ -12,12 +12,14 @@
 
 #define PART (CHUNK < 32 ? CHUNK : 32)
 #define GROUPS (PART / 4)
+#define AHEAD 16  // steps that are loaded at a time
 #define WIDTH (8 * ACROSS)  // channels of a warp
+#define PITCH (ACROSS == 3 ? 4 : ACROSS)  // of a thread's channels in shared memory
 
 struct Shared {
     float BC[PART * 2 * STATES];
     float sums[2][WARPS][4][32];  // gradients of B and C at four steps, two buffers
-    float dt[WARPS][PART][WIDTH], drive[WARPS][PART][WIDTH];  // drive is dt times u
+    float dt[WARPS][PART][8][PITCH], u[WARPS][PART][8][PITCH], dy[WARPS][PART][8][PITCH];
     int tokens[PART];
     float left[WARPS][GROUPS - 1][ACROSS][32][4];  // states; the code while staging
 };
@@ -46,48 +48,62 @@ INLINE void load_square(float (*to)[ACROSS], const float *from, const Square &q,
     for (int j = 0; j < 4; j++) {
 #pragma unroll
         for (int k = 0; k < ACROSS; k++) {
-            to[j][k] = q.valid[k] ? from[(4LL * q.s + j) * E + q.channel + k] : 0.0f;
+            to[j][k] = q.valid[k] ? from[(4 * q.s + j) * E + q.channel + k] : 0.0f;
         }
     }
 }
 
 INLINE void load_across(float *to, const float *from) {
-#if ACROSS == 4
-    load4(from, to);
+#if PITCH == 4
+    float four[4];
+    load4(from, four);
+#pragma unroll
+    for (int k = 0; k < ACROSS; k++) to[k] = four[k];
 #else
 #pragma unroll
     for (int k = 0; k < ACROSS; k++) to[k] = from[k];
 #endif
 }
 
-// Step sizes, drives, B, C and tokens of a part into shared memory.
-INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, int count,
+// Step sizes, u, B and tokens of a part into shared memory; on the way `back` also C and
+// the gradient of y.
+INLINE void stage_part(Shared &m, Place p, int part, int per_group,
+                       int first, int count, bool back, const element *grad,
                        const element *u, const element *code, const element *b,
                        const element *c, const float *weight, const float *bias,
                        const int *orders, int L, int E, int rank, int code_stride,
                        int b_stride, int c_stride) {
-    u += (long long)first * E, code += (long long)first * code_stride;
-    b += (long long)first * b_stride, c += (long long)first * c_stride;
+    u += first * E, code += first * code_stride;
+    b += first * b_stride, c += first * c_stride;
     float *code_s = &m.left[0][0][0][0][0];
     __syncthreads();
     stage_states(m.BC, 2 * STATES, b, b_stride, count, PART);
-    stage_states(m.BC + STATES, 2 * STATES, c, c_stride, count, PART);
     stage_code(code_s, code, code_stride, rank, count, PART);
-    stage_tokens(m.tokens, orders, p.direction, p.chunk * CHUNK + first, L, PART);
+    if (back) {
+        stage_states(m.BC + STATES, 2 * STATES, c, c_stride, count, PART);
+        stage_tokens(m.tokens, orders, p.direction, p.chunk * CHUNK + first, L, E, PART);
+    }
     __syncthreads();
     int inside = (part * WARPS + p.warp) * WIDTH + p.lane;
     p.valid = p.lane < WIDTH && inside < per_group;
     p.channel = p.group * per_group + (p.valid ? inside : 0);
-    for (int t0 = 0; t0 < PART; t0 += STEPS) {
-        float dt[STEPS], x[STEPS];
-        column<STEPS>(x, u, p, t0, E, count);
-        step_sizes<STEPS>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
+    int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
+    for (int t0 = 0; t0 < PART; t0 += AHEAD) {
+        float x[AHEAD], dy[AHEAD], dt[AHEAD];
+        column<AHEAD>(x, u, p, t0, E, count);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            bool here = back && p.valid && t0 + i < count;
+            dy[i] = here ? to_float(grad[m.tokens[t0 + i] + p.channel]) : 0.0f;
+        }
+        step_sizes<AHEAD>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
                           E, count);
         if (p.lane >= WIDTH) continue;
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            m.dt[p.warp][t0 + i][p.lane] = dt[i];
-            m.drive[p.warp][t0 + i][p.lane] = dt[i] * x[i];
+        for (int i = 0; i < AHEAD; i++) {
+            m.dt[p.warp][t0 + i][column_of][k] = dt[i];
+            m.u[p.warp][t0 + i][column_of][k] = x[i];
+            if (back) m.dy[p.warp][t0 + i][column_of][k] = dy[i];
         }
     }
     __syncthreads();
@@ -97,17 +113,18 @@ INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, i
 INLINE void step_forward(float (*state)[ACROSS], const float (*rate)[ACROSS],
                          const Shared &m, const Square &q, int t,
                          float (*passed)[ACROSS], float (*decay)[ACROSS]) {
-    float dt[ACROSS], drive[ACROSS], B[4];
-    load_across(dt, &m.dt[q.warp][t][ACROSS * q.c]);
-    load_across(drive, &m.drive[q.warp][t][ACROSS * q.c]);
+    float dt[ACROSS], u[ACROSS], B[4];
+    load_across(dt, m.dt[q.warp][t][q.c]);
+    load_across(u, m.u[q.warp][t][q.c]);
     load4(m.BC + t * 2 * STATES + 4 * q.s, B);
 #pragma unroll
     for (int k = 0; k < ACROSS; k++) {
+        float drive = dt[k] * u[k];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float d = exp2_fast(rate[j][k] * dt[k]);
             float w = d * state[j][k];
-            state[j][k] = w + drive[k] * B[j];
+            state[j][k] = w + drive * B[j];
             if (passed) passed[j][k] = w, decay[j][k] = d;
         }
     }
@@ -174,7 +191,7 @@ INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += m.sums[buffer][w][i / 32][n];
-        long long at = (long long)t * to.bc_stride + (n < STATES ? n : columns + n - STATES);
+        int at = t * to.bc_stride + (n < STATES ? n : columns + n - STATES);
 #ifdef SPLIT
         static_cast<float *>(to.bc)[at] = total;
 #else
@@ -187,21 +204,9 @@ INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0
 INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
                          float (*of_rate)[ACROSS], Sums &sums,
                          const float (*rate)[ACROSS], Shared &m, const Targets &to,
-                         const Square &q, int g, int count, float D, const element *grad,
-                         const element *u, int E, int columns) {
-    float decay[4][4][ACROSS], passed[4][4][ACROSS], dy[4][ACROSS], own_u[4], own_dy[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int t = 4 * g + i;
-        const element *row = grad + (long long)m.tokens[t] * E;
-#pragma unroll
-        for (int k = 0; k < ACROSS; k++) {
-            dy[i][k] = q.valid[k] && t < count ? to_float(row[q.channel + k]) : 0.0f;
-        }
-        bool here = q.owner && t < count;
-        own_dy[i] = here ? to_float(row[q.own]) : 0.0f;
-        own_u[i] = here ? to_float(u[(long long)t * E + q.own]) : 0.0f;
-    }
+                         const Square &q, int g, int count, float D, int E,
+                         int columns) {
+    float decay[4][4][ACROSS], passed[4][4][ACROSS];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         step_forward(state, rate, m, q, 4 * g + i, passed[i], decay[i]);
@@ -209,22 +214,23 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
         int t = 4 * g + i;
-        float dt[ACROSS], drive[ACROSS], B[4], C[4], of_states[8];
+        float dt[ACROSS], u[ACROSS], dy[ACROSS], B[4], C[4], of_states[8];
         float through[4] = {0, 0, 0, 0}, exponent[4] = {0, 0, 0, 0};
-        load_across(dt, &m.dt[q.warp][t][ACROSS * q.c]);
-        load_across(drive, &m.drive[q.warp][t][ACROSS * q.c]);
+        load_across(dt, m.dt[q.warp][t][q.c]);
+        load_across(u, m.u[q.warp][t][q.c]);
+        load_across(dy, m.dy[q.warp][t][q.c]);
         load4(m.BC + t * 2 * STATES + 4 * q.s, B);
         load4(m.BC + t * 2 * STATES + STATES + 4 * q.s, C);
 #pragma unroll
         for (int k = 0; k < ACROSS; k++) {
+            float drive = dt[k] * u[k];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float now = adjoint[j][k] + dy[i][k] * C[j];
-                float after = passed[i][j][k] + drive[k] * B[j];
+                float now = adjoint[j][k] + dy[k] * C[j];
+                float after = passed[i][j][k] + drive * B[j];
                 float moved = now * passed[i][j][k];
-                of_states[j] = k ? of_states[j] + now * drive[k] : now * drive[k];
-                of_states[4 + j] =
-                    k ? of_states[4 + j] + dy[i][k] * after : dy[i][k] * after;
+                of_states[j] = k ? of_states[j] + now * drive : now * drive;
+                of_states[4 + j] = k ? of_states[4 + j] + dy[k] * after : dy[k] * after;
                 through[k] += now * B[j];
                 exponent[k] += moved * rate[j][k];
                 of_rate[j][k] += moved * dt[k];
@@ -241,15 +247,16 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         int n = (q.c & 4 ? STATES : 0) + 4 * q.s + (q.c & 3);
         m.sums[g & 1][q.warp][i][n] = of_states[0];
         if (!q.owner || t >= count) continue;
-        float own_dt = m.dt[q.warp][t][ACROSS * q.c + q.s];
-        float slope = through[0] * own_u[i] + exponent[0] * LN2;
+        float own_dt = m.dt[q.warp][t][q.c][q.s], own_u = m.u[q.warp][t][q.c][q.s];
+        float own_dy = m.dy[q.warp][t][q.c][q.s];
+        float slope = through[0] * own_u + exponent[0] * LN2;
 #ifndef GIVEN
         slope *= 1.0f - exp2_fast(-LOG2E * own_dt);
 #endif
-        sums.skip += own_dy[i] * own_u[i];
+        sums.skip += own_dy * own_u;
         sums.bias += slope;
-        to.u[(long long)t * E + q.own] = from_float(own_dy[i] * D + through[0] * own_dt);
-        to.step[(long long)t * to.step_stride + q.own] = from_float(slope);
+        to.u[t * E + q.own] = from_float(own_dy * D + through[0] * own_dt);
+        to.step[t * to.step_stride + q.own] = from_float(slope);
     }
     __syncthreads();
     finish_states(to, m, g & 1, 4 * g, count, columns);
@@ -298,7 +305,7 @@ scan_gradients(const element *grad, const element *u, const element *code,
             load_square(state, kept + slot_of(p, chunk, chunks, E), q, E);
             for (int at = 0; at <= begin; at += PART) {
                 stage_part(m, p, part, per_group, at, min(PART, p.count - at),
-                           u + p.base * E, code + p.base * code_stride,
+                           at == begin, grad, u + p.base * E, code + p.base * code_stride,
                            b + p.base * b_stride + p.group * STATES,
                            c + p.base * c_stride + p.group * STATES, weight, bias,
                            orders, L, E, rank, code_stride, b_stride, c_stride);
@@ -315,7 +322,7 @@ scan_gradients(const element *grad, const element *u, const element *code,
             for (int g = GROUPS - 1; g >= 0; g--) {
                 if (g < GROUPS - 1) take_up(state, m, q, g);
                 return_group(state, adjoint, of_rate, sums, rate, m, to, q, g,
-                             p.count - begin, D, grad, u + row * E, E, columns);
+                             p.count - begin, D, E, columns);
             }
         }
     }
@@ -324,7 +331,7 @@ scan_gradients(const element *grad, const element *u, const element *code,
     for (int j = 0; j < 4; j++) {
 #pragma unroll
         for (int k = 0; k < ACROSS; k++) {
-            if (q.valid[k]) partial[(4LL * q.s + j) * E + q.channel + k] = of_rate[j][k];
+            if (q.valid[k]) partial[(4 * q.s + j) * E + q.channel + k] = of_rate[j][k];
         }
     }
     if (!q.owner) return;
