@@ -1,10 +1,6 @@
 """Logits of a whole image from overlapping windows, in bounded memory.
 
-Windows are laid evenly over each axis. Mirrorings and networks are averaged plainly,
-windows by Gaussian weights. The weights are a product of one vector an axis, and so is
-their sum over all windows; hence each window is weighted by its final share at once,
-and no map of summed weights is held. An axis shorter than the window is padded with
-zeros, at both ends, inside the window only.
+Mirrorings and networks are averaged plainly, windows by the weights of their layout.
 """
 
 from __future__ import annotations
@@ -16,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from segmamba.devices import autocast, precision_for
 from segmamba.errors import ConfigError, GeometryError, SegMambaError, describe
+from segmamba.inference.windows import Layout, Sums, Window, by_depth, chunks
+from segmamba.inference.windows import gaussian_weights as gaussian_weights
+from segmamba.inference.windows import num_windows as num_windows
+from segmamba.inference.windows import window_starts as window_starts
 from segmamba.types import Size3
 
 Network = Callable[[torch.Tensor], Any]
@@ -28,12 +27,7 @@ Network = Callable[[torch.Tensor], Any]
 Progress = Callable[[int, int, str], None]
 """Called with what is done, of how many, and what it is."""
 
-GAUSSIAN_SIGMA = 1 / 8
-"""Standard deviation of a window's weights, as a share of its side. Source: nnU-Net
-(Isensee et al. 2021, doi 10.1038/s41592-020-01008-z)."""
 
-
-@torch.inference_mode()
 def sliding_window_logits(
     networks: Network | Sequence[Network],
     image: torch.Tensor,
@@ -78,61 +72,113 @@ def sliding_window_logits(
         GeometryError: The image or a network's answer has the wrong shape.
         SegMambaError: Logits aren't finite.
     """
-    group = [networks] if callable(networks) else list(networks)
-    axes = _check(group, image, patch_size, overlap, mirror_axes, batch_size)
-    device = torch.device(device)
-    chosen = precision_for(device, precision)
-    run = _Run(group, _combinations(mirror_axes), device, chosen, case)
-    grids = [_Axis.make(n, p, overlap, gaussian, device) for n, p in axes]
-    target = torch.device(accumulate_device or device)
-    sums = _Sums(grids, image.shape[1:], target, accumulate_dtype)
-    windows = list(itertools.product(*(range(len(grid.starts)) for grid in grids)))
-    for done, chunk in _chunks(windows, batch_size):
-        logits = run(torch.stack([_cut(image, grids, window) for window in chunk]))
-        sums.add(chunk, logits)
-        if progress is not None:
-            progress(done, len(windows), case)
-    return sums.result()
+    seen = SlidingWindow(
+        [networks] if callable(networks) else list(networks),
+        patch_size,
+        torch.device(device),
+        torch.device(accumulate_device or device),
+        overlap=overlap,
+        mirror_axes=mirror_axes,
+        batch_size=batch_size,
+        accumulate_dtype=accumulate_dtype,
+        precision=precision,
+        gaussian=gaussian,
+    )
+    return seen.logits(image, case, progress)
 
 
-def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
-    """Lay windows evenly over an axis.
+@dataclass(frozen=True)
+class SlidingWindow:
+    """How networks see an image; the fields are `sliding_window_logits`' arguments."""
 
-    Args:
-        size: Voxels of the axis.
-        patch: Voxels of a window.
-        overlap: Share of a window that neighbours have in common at least, [0, 1).
+    networks: list[Network]
+    patch_size: Size3
+    device: torch.device
+    accumulate_device: torch.device
+    overlap: float = 0.5
+    mirror_axes: Sequence[int] = (0, 1, 2)
+    batch_size: int = 1
+    accumulate_dtype: torch.dtype = torch.float32
+    precision: str = "auto"
+    gaussian: bool = True
+    on_windows: Callable[[torch.Tensor], None] | None = None
+    """Called before each batch with the weights of its windows, (B, *patch), which add
+    up to 1 at each voxel of the image; zero where a window is padded."""
 
-    Returns:
-        First voxel of each window, ascending; the last window ends with the axis. An
-        axis no longer than the window has the single start 0. Source: nnU-Net's rule,
-        ceil((size - patch) / (patch·(1 - overlap))) + 1 windows, evenly spread.
-    """
-    if size <= patch:
-        return (0,)
-    step = max(patch * (1 - overlap), 1.0)
-    count = math.ceil((size - patch) / step - 1e-9) + 1
-    return tuple(round(i * (size - patch) / (count - 1)) for i in range(count))
+    def logits(
+        self, image: torch.Tensor, case: str, progress: Progress | None = None
+    ) -> torch.Tensor:
+        """Give the logits of a whole image (K, D, H, W)."""
+        whole = slice(0, image.shape[2])
+        slabs = self._slabs(image, whole, image.shape[1], case, progress)
+        return next(iter(slabs))[1].contiguous()
 
+    def slabs(
+        self,
+        image: torch.Tensor,
+        rows: slice,
+        case: str = "the image",
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Give the logits of an image from front to back, as windows get done.
 
-def gaussian_weights(patch: int) -> torch.Tensor:
-    """Give the weights of a window along one axis; a window's are their product.
+        Only as many voxels along D as a window has are held, of `rows` only. Windows
+        on the border of `rows` are computed for both sides of it.
 
-    Args:
-        patch: Voxels of the window's side.
+        Args:
+            image: (C, D, H, W).
+            rows: Range along H.
+            case: Named in errors and progress.
+            progress: Called with windows done and their number.
 
-    Returns:
-        (patch,) float32, symmetric, highest in the middle and 1 there for odd sides,
-        never zero (3e-4 or more): exp(-(i - centre)² / (2·(patch/8)²)).
-    """
-    distance = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
-    return torch.exp(-0.5 * (distance / (patch * GAUSSIAN_SIGMA)) ** 2).float()
+        Yields:
+            A range along D, and its logits (K, length, rows, W), valid until the next.
+        """
+        depth = min(image.shape[1], self.patch_size[0])
+        return self._slabs(image, rows, depth, case, progress)
 
+    @torch.inference_mode()
+    def _slabs(
+        self,
+        image: torch.Tensor,
+        rows: slice,
+        depth: int,
+        case: str,
+        progress: Progress | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        layout = self._layout(image)
+        run = self._run(case)
+        target, dtype = self.accumulate_device, self.accumulate_dtype
+        sums = Sums(layout, depth, rows, target, dtype)
+        windows, done = layout.windows(rows), 0
+        whole = depth == image.shape[1]
+        groups = [(-1, windows)] if whole else by_depth(windows)
+        ends = [*layout.axes[0].starts[1:], image.shape[1]]
+        for index, group in groups:
+            for count, chunk in chunks(group, self.batch_size):
+                self._announce(layout, chunk)
+                batch = torch.stack([layout.cut(image, window) for window in chunk])
+                sums.add(chunk, run(batch))
+                if progress is not None:
+                    progress(done + count, len(windows), case)
+            done += len(group)
+            yield sums.pop(ends[index])
 
-def num_windows(size: Size3, patch_size: Size3, overlap: float = 0.5) -> int:
-    """Count the windows that cover an image of `size` voxels."""
-    pairs = zip(size, patch_size, strict=True)
-    return math.prod(len(window_starts(n, p, overlap)) for n, p in pairs)
+    def _layout(self, image: torch.Tensor) -> Layout:
+        _check(self, image)
+        d, h, w = image.shape[1:]
+        return Layout.make(
+            (d, h, w), self.patch_size, self.overlap, self.gaussian, self.device
+        )
+
+    def _run(self, case: str) -> _Run:
+        chosen = precision_for(self.device, self.precision)
+        flips = combinations(self.mirror_axes)
+        return _Run(self.networks, flips, self.device, chosen, case)
+
+    def _announce(self, layout: Layout, windows: Sequence[Window]) -> None:
+        if self.on_windows is not None:
+            self.on_windows(torch.stack([layout.padded_shares(w) for w in windows]))
 
 
 def memory_bound_mib(
@@ -164,74 +210,6 @@ def memory_bound_mib(
     sums = outputs * math.prod(size) * accumulate_dtype.itemsize
     windows = 4 * batch_size * patch * (2 * in_channels + 4 * outputs)
     return (sums + windows + 4 * patch) / 2**20
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Windows along one axis."""
-
-    starts: tuple[int, ...]
-    length: int  # voxels of the image in a window: less than its side if it is padded
-    before: int  # zeros in front
-    after: int  # zeros behind
-    shares: tuple[torch.Tensor, ...]  # of each window, (length,); sum to 1 at a voxel
-
-    @property
-    def inner(self) -> slice:
-        """The image's voxels in a padded window."""
-        return slice(self.before, self.before + self.length)
-
-    @classmethod
-    def make(
-        cls, size: int, patch: int, overlap: float, gaussian: bool, device: torch.device
-    ) -> _Axis:
-        starts = window_starts(size, patch, overlap)
-        length, missing = min(size, patch), max(patch - size, 0)
-        weights = gaussian_weights(patch) if gaussian else torch.ones(patch)
-        weights = weights[missing // 2 : missing // 2 + length]
-        sums = torch.zeros(size)
-        for start in starts:
-            sums[start : start + length] += weights
-        shares = [weights / sums[start : start + length] for start in starts]
-        shares = tuple(share.to(device) for share in shares)  # a GPU waits for copies
-        return cls(starts, length, missing // 2, missing - missing // 2, shares)
-
-
-@dataclass
-class _Sums:
-    """The weighted logits of the windows seen so far, (K, D, H, W)."""
-
-    grids: list[_Axis]
-    size: Sequence[int]
-    device: torch.device
-    dtype: torch.dtype
-    _total: torch.Tensor | None = None
-
-    def add(self, windows: list[tuple[int, ...]], logits: torch.Tensor) -> None:
-        """Add the logits (B, K, *patch) of B windows."""
-        if all(len(grid.starts) == 1 for grid in self.grids):  # all is in one window
-            inner = (0, slice(None), *(grid.inner for grid in self.grids))
-            self._total = logits[inner].to(self.device, self.dtype)
-            return
-        if self._total is None:
-            shape = (logits.shape[1], *self.size)
-            self._total = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for window, part in zip(windows, logits, strict=True):
-            self._add_one(self._total, window, part)
-
-    def result(self) -> torch.Tensor:
-        assert self._total is not None
-        return self._total.contiguous()
-
-    def _add_one(
-        self, total: torch.Tensor, window: tuple[int, ...], part: torch.Tensor
-    ) -> None:
-        pairs = list(zip(self.grids, window, strict=True))
-        d, h, w = (grid.shares[i] for grid, i in pairs)
-        part = part[(slice(None), *(grid.inner for grid in self.grids))]
-        weighted = part * (d[:, None, None] * h[:, None] * w)
-        spans = [slice(g.starts[i], g.starts[i] + g.length) for g, i in pairs]
-        total[(slice(None), *spans)] += weighted.to(total.device, total.dtype)
 
 
 @dataclass(frozen=True)
@@ -301,42 +279,21 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def _combinations(mirror_axes: Sequence[int]) -> list[tuple[int, ...]]:
+def combinations(mirror_axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Give all mirrorings along some axes, none at all first.
+
+    Args:
+        mirror_axes: Of (D, H, W).
+
+    Returns:
+        Axes of (B, C, D, H, W) to flip.
+    """
     axes = sorted({axis + 2 for axis in mirror_axes})
     counts = range(len(axes) + 1)
     return [flip for n in counts for flip in itertools.combinations(axes, n)]
 
 
-def _chunks(
-    windows: list[tuple[int, ...]], size: int
-) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Give so many windows at a time, with the number of all up to there."""
-    for first in range(0, len(windows), size):
-        chunk = windows[first : first + size]
-        yield first + len(chunk), chunk
-
-
-def _cut(
-    image: torch.Tensor, grids: list[_Axis], window: tuple[int, ...]
-) -> torch.Tensor:
-    """Cut a window out, (C, *patch), zeros around it where the image is smaller."""
-    spans = [
-        slice(grid.starts[i], grid.starts[i] + grid.length)
-        for grid, i in zip(grids, window, strict=True)
-    ]
-    part = image[(slice(None), *spans)]
-    padding = [n for grid in reversed(grids) for n in (grid.before, grid.after)]
-    return F.pad(part, padding) if any(padding) else part
-
-
-def _check(
-    networks: Sequence[Network],
-    image: torch.Tensor,
-    patch_size: Size3,
-    overlap: float,
-    mirror_axes: Sequence[int],
-    batch_size: int,
-) -> list[tuple[int, int]]:
+def _check(seen: SlidingWindow, image: torch.Tensor) -> None:
     if image.ndim != 4 or 0 in image.shape:
         raise GeometryError(
             describe(
@@ -345,14 +302,14 @@ def _check(
                 found=tuple(image.shape),
             )
         )
-    _require(bool(networks), "no network", "one or more", len(networks))
-    sides = len(patch_size) == 3 and min(patch_size) >= 1
-    _require(sides, "bad patch size", "three positive sizes", patch_size)
+    patch, overlap, axes = seen.patch_size, seen.overlap, seen.mirror_axes
+    _require(bool(seen.networks), "no network", "one or more", len(seen.networks))
+    sides = len(patch) == 3 and min(patch) >= 1
+    _require(sides, "bad patch size", "three positive sizes", patch)
     _require(0 <= overlap < 1, "bad overlap", "0 to below 1", overlap)
-    known = set(mirror_axes) <= {0, 1, 2}
-    _require(known, "bad mirror axes", "some of 0, 1, 2", tuple(mirror_axes))
-    _require(batch_size >= 1, "bad batch size", "1 or more", batch_size)
-    return list(zip(image.shape[1:], patch_size, strict=True))
+    known = set(axes) <= {0, 1, 2}
+    _require(known, "bad mirror axes", "some of 0, 1, 2", tuple(axes))
+    _require(seen.batch_size >= 1, "bad batch size", "1 or more", seen.batch_size)
 
 
 def _require(right: bool, problem: str, expected: str, found: object) -> None:
