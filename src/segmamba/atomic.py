@@ -70,14 +70,31 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        FormatError: The file is missing, unreadable or not JSON.
+        FormatError: The file is missing, unreadable or not JSON, holds numbers that are
+            not finite, or a key twice.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(
             describe("can't read a JSON file", found=str(error), file=path)
         ) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return keys
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is no JSON")
 
 
 def _finite(data: Any) -> Any:

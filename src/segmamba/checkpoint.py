@@ -187,7 +187,8 @@ def load_model_file(path: Path | str) -> ModelFile:
     _require_model(head, Path(path))
     config = head.get("network")
     try:
-        network = config and network_from_dict(config, source=str(path))
+        known = config is not None
+        network = network_from_dict(config, source=str(path)) if known else None
     except ConfigError as error:
         raise CheckpointError(_newer(Path(path), str(error))) from error
     metadata = {key: head[key] for key in head if key not in _NOT_METADATA}
@@ -300,8 +301,9 @@ def _parse_header(header: Mapping[str, str] | None, path: Path) -> JsonDict:
         head = None
     if not isinstance(head, dict):
         raise CheckpointError(_broken(path, "a safetensors file of another program"))
-    if head.get("format_version", 0) > FORMAT_VERSION:
-        raise CheckpointError(_newer(path, f"format {head['format_version']}"))
+    version = head.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(_newer(path, f"format {version}"))
     return head
 
 

@@ -5,9 +5,10 @@ Each message says what was expected, what was found, in which file, and the reme
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-_LONGEST_PART = 4000
+_LONGEST_PART, _LONG_WORD = 4000, re.compile(r"(\S{200})\S{200,}")
 
 
 class SegMambaError(Exception):
@@ -63,20 +64,22 @@ def describe(
     """
     parts = []
     if expected is not None:
-        parts.append(f"expected {_shown(expected)}")
+        parts.append(f"expected {_cut(expected)}")
     if found is not None:
-        parts.append(f"found {_shown(found)}")
+        parts.append(f"found {_cut(found)}")
     if file is not None:
         parts.append(f"in {_shown(file)}")
-    text = _shown(problem) + (": " + ", ".join(parts) if parts else "") + "."
+    text = _cut(problem) + (": " + ", ".join(parts) if parts else "") + "."
     return f"{text} {remedy}" if remedy else text
 
 
+def _cut(part: object) -> str:
+    text = _LONG_WORD.sub(r"\1...", str(part))
+    return _shown(text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]} ...")
+
+
 def _shown(part: object) -> str:
-    text = str(part)
-    if len(text) > _LONGEST_PART:
-        text = f"{text[:_LONGEST_PART]} ..."
     return "".join(
         sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1]
-        for sign in text
+        for sign in str(part)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -14,6 +16,11 @@ import yaml
 from segmamba.errors import ConfigError, describe
 
 T = TypeVar("T")
+
+_BEYOND = 2**63
+
+LARGEST_YAML = 64 << 10
+"""Most bytes of a file of settings; the parser takes seconds for more."""
 
 
 def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> T:
@@ -36,7 +43,7 @@ def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> 
             describe(
                 f"{cls.__name__} is not a mapping",
                 expected="keys and values",
-                found=repr(data)[:60],
+                found=reprlib.repr(data),
                 file=source,
             )
         )
@@ -61,7 +68,10 @@ def from_dict(cls: type[T], data: Any, *, source: str = "the configuration") -> 
         key: _convert(value, hints[key], f"{cls.__name__}.{key}", source)
         for key, value in data.items()
     }
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:  # the class's own checks know no file
+        raise ConfigError(f"{error} In {source}.") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -70,16 +80,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
-    """Read a YAML file of settings.
+    """Read a YAML file of settings: plain keys and values.
+
+    Tags that would make objects, aliases (which can make a small file endless) and
+    keys that are there twice are refused.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or is not a mapping.
+        ConfigError: The file is missing, too large, not such YAML, or not a mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _parse_yaml(_read_settings(Path(path)))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
-            describe("can't read a YAML file", found=str(error), file=path)
+            describe("can't read a YAML file", found=_text(error), file=path)
         ) from error
     if data is None:
         return {}
@@ -93,6 +106,62 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
             )
         )
     return data
+
+
+def _read_settings(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(LARGEST_YAML + 1)
+    if len(data) > LARGEST_YAML:
+        raise ValueError(f"more than {LARGEST_YAML >> 10} KiB")
+    return data.decode()
+
+
+def _parse_yaml(text: str) -> Any:
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without objects, aliases, repeated keys and endless numbers."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            where = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="an alias (*)", problem_mark=where)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key.value, str) else None
+            if name in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{name}' twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _whole_number(loader: _PlainLoader, node: Any) -> int:
+    value = loader.construct_yaml_int(node)
+    if abs(value) >= _BEYOND:
+        raise yaml.MarkedYAMLError(
+            problem="a whole number beyond 64 bits", problem_mark=node.start_mark
+        )
+    return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _text(error: Exception) -> str:
+    """Give an error's text in one line; a stack that is too deep has none."""
+    if isinstance(error, RecursionError):
+        return "values that are nested too deeply"
+    return " ".join(str(error).split())
 
 
 def _unknown_key(key: str, names: list[str], source: str) -> str:
@@ -166,16 +235,23 @@ def _convert_scalar(value: Any, hint: Any, where: str, source: str) -> Any:
     if hint is Any:
         return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            raise _wrong(where, "a number", value, source) from None
+    if hint is float and (number or isinstance(value, str)):
+        return _convert_float(value, where, source)
+    if hint is int and number and abs(value) >= _BEYOND:
+        raise _wrong(where, "a whole number of at most 64 bits", value, source)
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise _wrong(where, f"a value of type {hint.__name__}", value, source)
+
+
+def _convert_float(value: Any, where: str, source: str) -> float:
+    try:
+        converted = float(value)  # text too: YAML 1.1 reads 1e-3 as one
+    except (ValueError, OverflowError):
+        raise _wrong(where, "a number", value, source) from None
+    if not math.isfinite(converted):
+        raise _wrong(where, "a finite number", value, source)
+    return converted
 
 
 def _wrong(where: str, expected: str, value: Any, source: str) -> ConfigError:
@@ -183,7 +259,7 @@ def _wrong(where: str, expected: str, value: Any, source: str) -> ConfigError:
         describe(
             f"bad value for {where}",
             expected=expected,
-            found=repr(value)[:60],
+            found=reprlib.repr(value),
             file=source,
         )
     )

@@ -106,22 +106,14 @@ def dataset_from_dict(
             root=root,
             layout=str(data["layout"]),
             channels=tuple(str(name) for name in data["channels"]),
-            labels=labels_from_dict(data["labels"]),
+            labels=_labels(data["labels"]),
             cases=tuple(_case_from_dict(item, root) for item in data["cases"]),
             unlabelled=tuple(
                 _case_from_dict(item, root) for item in data.get("unlabelled", [])
             ),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(
-            describe(
-                "a data set's description is damaged",
-                expected="what segmamba plan or train wrote",
-                found=f"{type(error).__name__} ({error})",
-                file=source,
-                remedy="Delete it and run segmamba plan again.",
-            )
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(error, source) from error
 
 
 def is_dataset_dict(data: object) -> bool:
@@ -129,19 +121,26 @@ def is_dataset_dict(data: object) -> bool:
     return isinstance(data, dict) and data.get("format") == _FORMAT
 
 
-def labels_from_dict(data: JsonDict) -> LabelScheme:
+def labels_from_dict(data: JsonDict, *, source: Path | str) -> LabelScheme:
     """Build a label scheme from its JSON form in `dataset_to_dict`.
 
     Args:
         data: A mapping with labels, regions, regions_order and ignore_label.
+        source: The file it came from, for errors.
 
     Returns:
         The scheme.
 
     Raises:
-        KeyError: `labels` is missing.
-        ConfigError: The scheme contradicts itself.
+        FormatError: `labels` is missing, holds something else, or contradicts itself.
     """
+    try:
+        return _labels(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(error, source) from error
+
+
+def _labels(data: JsonDict) -> LabelScheme:
     ignored = data.get("ignore_label")
     return LabelScheme(
         labels={str(name): int(value) for name, value in data["labels"].items()},
@@ -151,6 +150,18 @@ def labels_from_dict(data: JsonDict) -> LabelScheme:
         },
         regions_order=tuple(int(value) for value in data.get("regions_order", ())),
         ignore_label=None if ignored is None else int(ignored),
+    )
+
+
+def _damaged(error: Exception, source: Path | str) -> FormatError:
+    return FormatError(
+        describe(
+            "a data set's description is damaged",
+            expected="what segmamba plan or train wrote",
+            found=f"{type(error).__name__} ({error})",
+            file=source,
+            remedy="Delete it and run segmamba plan again.",
+        )
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from segmamba.allocation import AtMost, TooLargeError
 from segmamba.atomic import read_json
 from segmamba.checkpoint import ModelFile, load_model_file, load_model_metadata
 from segmamba.config import load_yaml
@@ -32,6 +33,8 @@ MODEL_FILE = "model.safetensors"
 
 SNAPSHOTS = "snapshots"
 """Folder in a fold's folder of the weights that were kept while it trained."""
+
+_SPARE = 1 << 12
 
 _log = logging.getLogger(__name__)
 
@@ -262,12 +265,7 @@ def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
 
 
 def _build(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
-    try:
-        network = build_network(model.network or plan.network)
-    except ConfigError as error:
-        raise CheckpointError(
-            describe("can't build the model's network", found=error, file=path)
-        ) from error
+    network = _bare(path, model, plan)
     known, given = set(network.state_dict()), set(model.tensors)
     if known != given:
         raise CheckpointError(
@@ -285,6 +283,31 @@ def _build(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
             describe("weights don't fit the network", found=error, file=path)
         ) from error
     return network
+
+
+def _bare(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
+    """Build the network that the files describe, if its weights are of that size.
+
+    Files come from anywhere, and a few digits describe a network of any size.
+    """
+    count = len(model.tensors)
+    elements = sum(tensor.numel() for tensor in model.tensors.values())
+    try:
+        with AtMost(elements=4 * elements + _SPARE, tensors=16 * count + _SPARE):
+            return build_network(model.network or plan.network)
+    except ConfigError as error:
+        raise CheckpointError(
+            describe("can't build the model's network", found=error, file=path)
+        ) from error
+    except (TooLargeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            describe(
+                "weights don't fit the network",
+                expected=f"a network of {elements} weights in {count} tensors",
+                found="settings of a larger one",
+                file=path,
+            )
+        ) from error
 
 
 def _some(names: set[str]) -> str:

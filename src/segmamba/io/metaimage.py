@@ -9,7 +9,6 @@ import numpy as np
 from isal import isal_zlib
 
 from segmamba.atomic import atomic_path, flush_file
-from segmamba.errors import SegMambaError
 from segmamba.io.geometry import checked_affine, checked_sizes
 from segmamba.io.inflation import ZLIB
 from segmamba.io.texthead import (
@@ -19,6 +18,7 @@ from segmamba.io.texthead import (
     check_text_size,
     join_numbers,
     numbers,
+    parsing,
     read_text_head,
 )
 from segmamba.types import Array, FloatArray
@@ -67,13 +67,8 @@ def read_metaimage_header(path: Path) -> TextHeader:
     fields = {name.lower(): value.strip() for name, value in pairs}
     voxels = _voxels_file(path, fields.get("elementdatafile", ""))
     end = match.end() if voxels == path else 0
-    try:
+    with parsing(path, "MHA"):
         header = _parse(path, fields, voxels, end)
-    except SegMambaError:
-        raise
-    except (KeyError, ValueError, IndexError, OverflowError) as error:
-        found = f"an unusable one ({type(error).__name__}: {error})"
-        raise bad_text_header(path, "a valid MHA header", found) from error
     check_text_size(path, header)
     return header
 
@@ -84,7 +79,8 @@ def _voxels_file(path: Path, name: str) -> Path:
         return path
     name = name.encode("latin-1").decode("utf-8", "replace")
     several = name.upper().startswith("LIST") or "%" in name
-    if not name or several or set(name) & set("/\\:\0") or name in (".", ".."):
+    elsewhere = set(name) & set("/\\:\0") or name in (".", "..") or len(name) > 255
+    if not name or several or elsewhere:
         raise bad_text_header(path, "voxels in one file in the same folder", repr(name))
     if not path.with_name(name).is_file():
         raise bad_text_header(path, f"the voxels in {name} beside it", "no such file")
@@ -147,8 +143,7 @@ def _affine(path: Path, fields: dict[str, str], num_axes: int) -> FloatArray:
         raise ValueError("numbers of TransformMatrix, ElementSpacing or Offset")
     affine = np.eye(4)
     sizes = checked_sizes(spacing[:3], path)
-    with np.errstate(all="ignore"):  # checked afterwards
-        affine[:3, :3] = matrix.reshape(num_axes, num_axes)[:3, :3].T * sizes
+    affine[:3, :3] = matrix.reshape(num_axes, num_axes)[:3, :3].T * sizes
     affine[:3, 3] = origin[:3]
     return LPS_TO_RAS @ affine
 

@@ -165,10 +165,10 @@ def _data_offset(path: Path, raw: Nifti1Header) -> int:
 
 def _affine(path: Path, raw: Nifti1Header) -> FloatArray:
     """Take the sform if it has a code, else the qform, else the voxel sizes."""
-    if int(raw["sform_code"]) > 0:
+    if int(raw["sform_code"]) <= 0:
+        return _unsheared(path, raw)
+    with np.errstate(all="ignore"):  # checked afterwards
         return checked_affine(raw.get_sform(), path)
-    checked_sizes(raw["pixdim"][1:4], path)
-    return checked_affine(_unsheared(path, raw), path)
 
 
 def _unsheared(path: Path, raw: Nifti1Header) -> FloatArray:
@@ -177,11 +177,13 @@ def _unsheared(path: Path, raw: Nifti1Header) -> FloatArray:
     fixed["sform_code"] = 0
     if fixed["pixdim"][0] not in (-1, 1):
         fixed["pixdim"][0] = 1  # the standard: "if 0, use 1"
-    try:
-        with np.errstate(all="ignore"):  # checked afterwards
-            return np.asarray(fixed.get_best_affine(), np.float64)
-    except (HeaderDataError, ValueError, FloatingPointError) as error:
-        raise _bad_header(path, "a valid qform", str(error)) from error
+    with np.errstate(all="ignore"):
+        checked_sizes(raw["pixdim"][1:4], path)
+        try:
+            affine = fixed.get_best_affine()
+        except (HeaderDataError, ValueError) as error:
+            raise _bad_header(path, "a valid qform", str(error)) from error
+        return checked_affine(affine, path)
 
 
 def _contradictions(
@@ -191,15 +193,17 @@ def _contradictions(
     if int(raw["sform_code"]) <= 0:
         return ()
     notes = []
-    stated, true = raw["pixdim"][1:4], np.linalg.norm(affine[:3, :3], axis=0)
+    true = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(all="ignore"):
+        stated = np.asarray(raw["pixdim"][1:4], np.float64)
     if not np.allclose(stated, true, rtol=1e-2, atol=1e-4):
         found = f"{_mm(stated)} in pixdim, {_mm(true)} in the sform"
         notes.append(f"voxel sizes contradict each other: {found}, which counts")
-    try:
-        qform = checked_affine(_unsheared(Path(), raw))
-    except SegMambaError:
-        return tuple(notes)
     if int(raw["qform_code"]) > 0:
+        try:
+            qform = _unsheared(Path(), raw)
+        except SegMambaError:
+            return (*notes, "the qform is unusable; the sform counts")
         difference = describe_grid_difference(shape, affine, shape, qform)
         if difference is not None:
             notes.append(f"sform and qform differ: {difference}; the sform counts")

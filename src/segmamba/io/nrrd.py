@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
-from segmamba.errors import SegMambaError
 from segmamba.io.geometry import checked_affine, checked_sizes
 from segmamba.io.inflation import GZIP
 from segmamba.io.texthead import (
@@ -18,6 +17,7 @@ from segmamba.io.texthead import (
     check_text_size,
     join_numbers,
     numbers,
+    parsing,
     read_text_head,
 )
 from segmamba.types import Array, FloatArray
@@ -68,13 +68,8 @@ def read_nrrd_header(path: Path) -> TextHeader:
     fields = {name.strip().lower(): value.strip() for name, value in pairs}
     if "data file" in fields or "datafile" in fields:
         raise bad_text_header(path, "header and voxels in one file", "them apart")
-    try:
+    with parsing(path, "NRRD"):
         header = _parse(path, fields, head, end)
-    except SegMambaError:
-        raise
-    except (KeyError, ValueError, IndexError, OverflowError) as error:
-        text = f"an unusable one ({type(error).__name__}: {error})"
-        raise bad_text_header(path, "a valid NRRD header", text) from error
     check_text_size(path, header)
     return header
 

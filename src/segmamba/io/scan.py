@@ -221,9 +221,10 @@ def _scale(
     target = np.dtype(np.float64) if dtype is None else dtype
     floating = target if target.kind == "f" else np.dtype(np.float64)
     values = np.empty_like(stored, dtype=floating)
-    for k in range(stored.shape[3]):
-        part = stored[..., k].astype(np.float64)
-        values[..., k] = part * header.slope + header.intercept
+    with np.errstate(over="ignore", invalid="ignore"):
+        for k in range(stored.shape[3]):
+            part = stored[..., k].astype(np.float64)
+            values[..., k] = part * header.slope + header.intercept
     return _convert(values, target, path)
 
 
@@ -235,7 +236,7 @@ def _convert(stored: Array, dtype: np.dtype[Any] | None, path: Path) -> Array:
         _check_fits(stored, target, path)
     if stored.dtype == target and stored.flags.writeable:
         return stored
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return stored.astype(target, order="K")
 
 

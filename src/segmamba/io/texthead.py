@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segmamba.errors import FormatError, describe
+from segmamba.errors import FormatError, SegMambaError, describe
 from segmamba.io.formats import GZIP_MAGIC, MAX_INFLATION
 from segmamba.io.inflation import inflate, too_short
 from segmamba.types import Array, FloatArray, Size3
@@ -140,6 +142,27 @@ def read_text_voxels(header: TextHeader) -> Array:
     array = flat.reshape(header.sizes[::-1])
     array = array.transpose([last - axis for axis in header.order])
     return array if header.channel_axis is not None else array[None]
+
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str) -> Iterator[None]:
+    """Turn what goes wrong while a header is parsed into one error.
+
+    Args:
+        path: The file.
+        kind: What it should be, such as "NRRD".
+
+    Raises:
+        FormatError: Something went wrong.
+    """
+    try:
+        with np.errstate(all="ignore"):  # affines are checked afterwards
+            yield
+    except SegMambaError:
+        raise
+    except (KeyError, ValueError, IndexError, OverflowError) as error:
+        found = f"an unusable one ({type(error).__name__}: {error})"
+        raise bad_text_header(path, f"a valid {kind} header", found) from error
 
 
 def bad_text_header(path: Path, expected: str, found: object) -> FormatError:

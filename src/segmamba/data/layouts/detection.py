@@ -82,7 +82,7 @@ def load_label_scheme(path: Path | str) -> LabelScheme:
     if is_dataset_dict(data):
         return dataset_from_dict(data, source=path).labels
     if isinstance(data.get("labels"), dict) and "labels" in data["labels"]:
-        return labels_from_dict(data["labels"])
+        return labels_from_dict(data["labels"], source=path)
     if _is_nnunet(data) or "modality" not in data:
         return parse_nnunet_or_decathlon(data, path)
     return parse_decathlon_labels(data, path)
