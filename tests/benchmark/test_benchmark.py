@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,8 @@ from segmamba.benchmark import (
     BenchmarkSettings,
     Record,
     checks,
+    describe_pace,
+    feeding,
     layer,
     predict,
     run_benchmark,
@@ -29,7 +32,12 @@ from segmamba.benchmark import (
     table_row,
     timing,
 )
-from segmamba.errors import BackendUnavailableError, ConfigError, SegMambaError
+from segmamba.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    SegMambaError,
+    TrainingError,
+)
 from segmamba.ops import selective_scan
 from segmamba.report.benchmark_figure import benchmark_figure, scan_lines
 
@@ -280,6 +288,148 @@ def test_predict_takes_a_case_of_ones_own(tmp_path: Path) -> None:
     files[0].unlink()
     with pytest.raises(SegMambaError, match="four scans"):
         run_benchmark("predict", settings)
+
+
+def test_feeding_trains_in_three_ways() -> None:
+    record = quick_record("feeding")
+    assert record.failures == []
+    errors = record.data["checks"]["batches"]["errors"]
+    assert errors == {"image": 0, "differing labels": 0}  # a CPU is its own truth
+    rows = {row["mode"]: row for row in record.data["measurements"]}
+    modes = ["batch that stays on the device", "without augmentation"]
+    assert list(rows) == [*modes, "with augmentation"]
+    for row in rows.values():
+        assert row["shape"] == [2, 4, 16, 16, 16]
+        assert row["rounds"] >= 2
+        assert row["steps"] % feeding.QUICK_EPOCH == 0
+        assert 0 <= row["waiting_share"] <= 1
+        assert row["workers"] == 1
+        assert row["gpu_busy_share"] is None  # there is none
+        assert math.isfinite(row["loss"])
+        seconds = 2e-3 * row["median_ms"]
+        assert 0.05 < row["patches_per_s"] * seconds / 4 < 4
+        assert len(table_row(row)) == len(HEADER)
+    assert rows[modes[0]]["share_of_staying_batch"] == 1
+    assert "patches/s" in describe_pace(row)
+
+
+def test_wrong_batches_are_not_trained_on(monkeypatch) -> None:
+    real = feeding.batch_maker
+
+    def swapped(sampler, augmentation, *, seed, device):
+        """On the device one batch too far; the CPU's own are asked for by name."""
+        make = real(sampler, augmentation, seed=seed, device=device)
+        calls.append(make)
+        return (lambda step: make(step + 1)) if len(calls) == 2 else make
+
+    calls: list[Any] = []
+    monkeypatch.setattr(feeding, "batch_maker", swapped)
+    record = run_benchmark("feeding", QUICK)
+    assert record.data["measurements"] == []
+    assert "check of batches" in record.failures[0]
+
+
+def test_training_that_breaks_is_a_row_without_figures(monkeypatch) -> None:
+    def broken(trainer: Any) -> None:
+        raise TrainingError("no more memory")
+
+    monkeypatch.setattr(feeding.Trainer, "fit", broken)
+    record = run_benchmark("feeding", QUICK)
+    assert [row["status"] for row in record.data["measurements"]] == ["failed"] * 3
+    assert len(record.failures) == 3
+
+
+@pytest.mark.parametrize(
+    ("intervals", "share"),
+    [
+        ([], None),
+        ([(5, 6)], 1),
+        ([(0, 2), (8, 10)], 0.4),
+        ([(8, 10), (0, 4), (1, 2), (3, 5), (8, 9)], 0.7),
+        ([(0, 10), (2, 3)], 1),
+    ],
+)
+def test_busy_is_what_any_kernel_covers(intervals, share) -> None:
+    assert feeding.busy_share(intervals) == share
+
+
+class PlayedProfiler:
+    """Sees two kernels of a third of its time each, and notes its calls."""
+
+    calls: list[str]
+
+    def __enter__(self) -> None:
+        self.calls.append("warmed up")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self) -> None:
+        self.calls.append("started")
+
+    def stop(self) -> None:
+        self.calls.append("stopped")
+
+    def events(self) -> list[SimpleNamespace]:
+        times = [SimpleNamespace(start=t, end=t + 1) for t in (0, 2)]
+        cuda = SimpleNamespace(name="CUDA")
+        return [
+            SimpleNamespace(name="k", device_type=cuda, time_range=time)
+            for time in times
+        ]
+
+
+def test_a_gpu_is_watched_after_what_was_prepared_ahead(monkeypatch, tmp_path) -> None:
+    PlayedProfiler.calls = []
+    monkeypatch.setattr(feeding, "_profiler", PlayedProfiler)
+    watch = feeding._Watch(3.0, torch.device("cuda"), 2**20, epoch=6)
+    log, seen = tmp_path / "log.jsonl", []
+    line = {"seconds": 2.0, "patches_per_s": 30.0, "waited_s": 0.1, "loss": 1.0}
+
+    def train(epoch: int) -> None:
+        for step in range(6):
+            watch.note_step(None)
+            seen.append((epoch, step, len(PlayedProfiler.calls)))
+        new = {**line, "epoch": epoch, "step": 6 * epoch, "peak_memory_mib": 100.0}
+        with log.open("a") as file:
+            file.write(json.dumps(new) + "\n")
+        watch.note_epoch(log)
+
+    for epoch in (1, 2, 3):  # one to warm up, two that last the time
+        train(epoch)
+    with pytest.raises(feeding._EnoughError):
+        train(4)
+    assert PlayedProfiler.calls == ["warmed up", "started", "stopped"]
+    assert next((e, s) for e, s, calls in seen if calls == 2) == (4, 2)
+    figures = watch.figures()
+    assert figures["gpu_busy_share"] == pytest.approx(2 / 3)
+    assert figures["patches_per_s"] == 30
+    assert figures["waiting_share"] == pytest.approx(0.05)
+    assert figures["peak_mib"] == 99
+    assert figures["rounds"] == 10  # five between the steps of each of two epochs
+
+
+def test_kernels_are_told_from_copies_and_the_cpu() -> None:
+    def event(name: str, kind: str, start: float) -> SimpleNamespace:
+        time_range = SimpleNamespace(start=start, end=start + 1)
+        device = SimpleNamespace(name=kind)
+        return SimpleNamespace(name=name, device_type=device, time_range=time_range)
+
+    events = [
+        event("scan_kernel", "CUDA", 3),
+        event("aten::add", "CPU", 0),
+        event("Memcpy HtoD (Pinned -> Device)", "CUDA", 1),
+        event("conv", "CUDA", 2),
+    ]
+    profiled: Any = SimpleNamespace(events=lambda: events)
+    assert feeding.kernel_intervals(profiled) == [(3, 4), (2, 3)]
+
+
+def test_pace_is_said_in_a_line() -> None:
+    row = {"mode": "with augmentation", "patches_per_s": 17.345, "waiting_share": 0.012}
+    text = "with augmentation: 17.34 patches/s, 1.2 % of the time waiting for batches"
+    assert describe_pace(row) in (text, text.replace("17.34", "17.35"))
+    assert describe_pace({**row, "gpu_busy_share": 0.971}).endswith("GPU busy 97.1 %")
 
 
 def test_figure_is_drawn_from_the_record(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Cases, peers and timing; gives no number for what fails its check."""
 
-from segmamba.benchmark.record import HEADER, Record, table_row
+from segmamba.benchmark.record import HEADER, Record, describe_pace, table_row
 from segmamba.benchmark.run import BENCHMARKS, run_benchmark
 from segmamba.benchmark.settings import BenchmarkSettings
 
@@ -9,6 +9,7 @@ __all__ = [
     "HEADER",
     "BenchmarkSettings",
     "Record",
+    "describe_pace",
     "run_benchmark",
     "table_row",
 ]

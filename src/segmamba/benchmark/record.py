@@ -200,3 +200,17 @@ def table_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["rounds"]),
         "" if peak is None else f"{peak:.0f}",
     )
+
+
+def describe_pace(row: Mapping[str, Any]) -> str:
+    """Say in a line how fast a training went and what it waited for.
+
+    Args:
+        row: An entry of "measurements" with `patches_per_s`.
+    """
+    busy = row.get("gpu_busy_share")
+    return (
+        f"{row['mode']}: {row['patches_per_s']:.2f} patches/s, "
+        f"{100 * row['waiting_share']:.1f} % of the time waiting for batches"
+        + ("" if busy is None else f", GPU busy {100 * busy:.1f} %")
+    )

@@ -29,6 +29,12 @@ def _predict(record: Record) -> None:
     benchmark_predict(record)
 
 
+def _feeding(record: Record) -> None:
+    from segmamba.benchmark.feeding import benchmark_feeding
+
+    benchmark_feeding(record)
+
+
 BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
     "layer": (
         "three-directional layer of preset segmamba at its four stages",
@@ -43,6 +49,10 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Record], None]]] = {
     "predict": (
         "one BraTS case end to end: four files to a label map",
         _predict,
+    ),
+    "feeding": (
+        "training steps a second: batch that stays, real ones, augmented ones",
+        _feeding,
     ),
     "efficiency": (
         "what mixes the tokens of the same encoder: cost of each",

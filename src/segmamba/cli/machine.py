@@ -75,12 +75,19 @@ class Benchmark:
     name: Annotated[
         Positional[
             Literal[
-                "layer", "network", "volume", "size", "scan", "predict", "efficiency"
+                "layer",
+                "network",
+                "volume",
+                "size",
+                "scan",
+                "predict",
+                "feeding",
+                "efficiency",
             ]
         ],
         arg(metavar="NAME"),
     ]
-    """layer, network, volume, size, scan, predict or efficiency."""
+    """layer, network, volume, size, scan, predict, feeding or efficiency."""
     out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """JSON file to write, anew after every row."""
     device: str = "auto"
@@ -105,6 +112,7 @@ class Benchmark:
         from segmamba.benchmark import (
             HEADER,
             BenchmarkSettings,
+            describe_pace,
             run_benchmark,
             table_row,
         )
@@ -122,6 +130,9 @@ class Benchmark:
         record = run_benchmark(self.name, settings, out=self.out, say=say)
         rows = map(table_row, record.data["measurements"])
         print_table(record.data["what"], HEADER, rows)
+        for row in record.data["measurements"]:
+            if "patches_per_s" in row:
+                say(describe_pace(row))
         for side, ratio in record.data.get("cost_over_base", {}).items():
             base = record.data["base_side"]
             say(f"{side}^3: {ratio:.3f} times the time per voxel of {base}^3")

@@ -44,7 +44,7 @@ class Feed:
         self._make_batch, self._device = make_batch, device
         self._own = threading.local()
         if workers is None:
-            workers = GPU_WORKERS if device.type == "cuda" else 1
+            workers = default_workers(device)
         self._ahead = Prefetcher(self._make, first_step, stop_step, workers)
 
     def __enter__(self) -> Feed:
@@ -82,3 +82,8 @@ class Feed:
             # Its few small kernels go first: training waits for none of them long.
             self._own.stream = torch.cuda.Stream(self._device, priority=-1)
         return self._own.stream
+
+
+def default_workers(device: torch.device) -> int:
+    """Give the number of threads that prepare batches for a device."""
+    return GPU_WORKERS if device.type == "cuda" else 1
