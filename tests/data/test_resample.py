@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from segmamba.data.resample import (
     resample_image,
     resample_label_map,
     resample_slabs,
+    resample_stream,
     resampled_shape,
+    split_rows,
 )
 
 SHAPES = st.tuples(*[st.integers(1, 9)] * 3)
@@ -127,3 +131,26 @@ def test_slabs_together_are_torch_s_trilinear(dtype, shape):
     joined = torch.cat([piece for _, piece in parts], dim=1)
     torch.testing.assert_close(joined, whole, atol=2e-6, rtol=1e-5)
     assert [part.start for part, _ in parts] == list(range(0, shape[0], 2))
+
+
+@given(SHAPES, SHAPES, st.integers(1, 4), st.sets(st.integers(1, 8)), st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_a_stream_of_slabs_is_the_whole_in_pieces(before, after, parts, cuts, seed):
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(random.normal(size=(2, *before)).astype(np.float32))
+    whole = torch.cat([piece for _, piece in resample_slabs(logits, after)], dim=1)
+    ends = [0, *sorted(cut for cut in cuts if cut < before[0]), before[0]]
+    found = torch.full_like(whole, torch.nan)
+    for rows in split_rows(before[1], after[1], parts):
+        slabs = [
+            (slice(a, b), logits[:, a:b, rows.inner])
+            for a, b in itertools.pairwise(ends)
+        ]
+        limit = int(random.integers(1, 2000))
+        size = (before[0], before[1])
+        for part, piece in resample_stream(slabs, size, after, rows, limit):
+            assert torch.isnan(found[:, part, rows.outer]).all()
+            found[:, part, rows.outer] = piece
+    if before[1] == after[1] or parts == 1 or after[1] == 1:
+        assert torch.equal(found, whole)
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, cast, overload
 
@@ -147,17 +148,46 @@ def restore_label_map(
     """
     tensor = _as_tensor(logits)
     _check_logits(tensor, geometry, scheme)
+    pieces = (
+        (part, slice(None), piece)
+        for part, piece in resample_slabs(tensor, geometry.cropped_shape)
+    )
+    label_map, probabilities = restore_pieces(
+        pieces, geometry, scheme, return_probabilities=return_probabilities
+    )
+    return label_map if probabilities is None else (label_map, probabilities)
+
+
+def restore_pieces(
+    pieces: Iterable[tuple[slice, slice, torch.Tensor]],
+    geometry: Geometry,
+    scheme: LabelScheme,
+    *,
+    return_probabilities: bool = False,
+) -> tuple[Array, Array | None]:
+    """Turn logits on the crop's grid into a label map, a piece at a time.
+
+    Args:
+        pieces: Ranges along D and H of the crop, and float32 (K, length, rows, W).
+        geometry: What `preprocess_image` gave for the image.
+        scheme: What the outputs stand for.
+        return_probabilities: Give the softmax (classes) or sigmoid (regions) too.
+
+    Returns:
+        Integers (I, J, K), and the probabilities as `restore_label_map` gives them,
+        or None.
+    """
     dtype = scheme.decode(np.zeros((scheme.num_outputs, 1), np.float32)).dtype
     label_map = np.zeros(geometry.original_shape, dtype)
     target = geometry.orient(label_map)[geometry.crop_slices]
     probabilities = _outside_probabilities(geometry, scheme, return_probabilities)
-    for part, piece in resample_slabs(tensor, geometry.cropped_shape):
-        target[part] = _decode(piece, scheme)
+    for part, rows, piece in pieces:
+        target[part, rows] = _decode(piece, scheme)
         if probabilities is not None:
             inner = geometry.orient(probabilities)[(slice(None), *geometry.crop_slices)]
             share = piece.sigmoid() if scheme.is_region_based else piece.softmax(0)
-            inner[:, part] = share.half().cpu().numpy()
-    return label_map if probabilities is None else (label_map, probabilities)
+            inner[:, part, rows] = share.half().cpu().numpy()
+    return label_map, probabilities
 
 
 def normalize_channel(channel: Array, rule: ChannelNormalization) -> Array:

@@ -6,7 +6,9 @@ input, so both grids cover the same box in space, and going back is the same for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
@@ -91,6 +93,36 @@ def resample_label_map(label_map: Array, shape: Size3) -> Array:
     return result
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A part of an output along H, and the part of the input that it is made of."""
+
+    outer: slice
+    """Range of the output."""
+    inner: slice
+    """Range of the input; neighbours share a voxel where the size changes."""
+
+
+def split_rows(n_in: int, n_out: int, parts: int) -> list[Rows]:
+    """Divide an output along H.
+
+    Args:
+        n_in: Voxels of the input.
+        n_out: Voxels of the output.
+        parts: How many, 1 or more; no more come than the output has voxels.
+
+    Returns:
+        Parts of nearly one size, in order.
+    """
+    low, high, _ = _taps(n_in, n_out)
+    count = min(parts, n_out)
+    ends = [round(index * n_out / count) for index in range(count + 1)]
+    return [
+        Rows(slice(start, stop), slice(int(low[start]), int(high[stop - 1]) + 1))
+        for start, stop in itertools.pairwise(ends)
+    ]
+
+
 def resample_slabs(
     logits: torch.Tensor, shape: Size3, slab_bytes: int = SLAB_BYTES
 ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -105,17 +137,79 @@ def resample_slabs(
         The slice along the new D, and float32 (K, length, H, W) for it, on the
         device of `logits`. Never more than three such pieces exist beside them.
     """
-    depth, height, width = shape
-    length = max(1, slab_bytes // (4 * len(logits) * height * width))
-    low, high, weight = _taps(logits.shape[1], depth)
-    for start in range(0, depth, length):
-        part = slice(start, min(depth, start + length))
-        piece = _blend(logits, 1, low[part], high[part], weight[part])
-        if piece.shape[2:] != (height, width):
-            piece = functional.interpolate(
-                piece, size=(height, width), mode="bilinear", align_corners=False
+    depth, rows, _ = logits.shape[1:]
+    whole = Rows(slice(0, shape[1]), slice(0, rows))
+    slabs = [(slice(0, depth), logits)]
+    yield from resample_stream(slabs, (depth, rows), shape, whole, slab_bytes)
+
+
+def resample_stream(
+    slabs: Iterable[tuple[slice, torch.Tensor]],
+    size: tuple[int, int],
+    shape: Size3,
+    rows: Rows,
+    slab_bytes: int = SLAB_BYTES,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Resample channels linearly that come from front to back along D.
+
+    Args:
+        slabs: Ranges along D that join, and floats (K, length, rows.inner, W).
+        size: Voxels of the whole input along D and H.
+        shape: Voxels of the whole output along D, H, W.
+        rows: The part along H.
+        slab_bytes: Largest float32 piece; a single slice may exceed it.
+
+    Yields:
+        The slice along the new D, and float32 (K, length, rows.outer, W) for it.
+        Beside the slab, a slice of it and three such pieces exist at most.
+    """
+    low, high, _ = _taps(size[0], shape[0])
+    done, last = 0, None  # outputs so far, and the last slice of the slab before
+    for part, slab in slabs:
+        between = int(np.searchsorted(low, part.start))  # those that need `last` too
+        ready = int(np.searchsorted(high, part.stop))
+        if last is not None and between > done:
+            pair, begins = torch.cat([last, slab[:, :1]], dim=1), part.start - 1
+            yield from _pieces(
+                pair, begins, slice(done, between), size, shape, rows, slab_bytes
             )
-        yield part, piece
+        wanted = slice(max(done, between), ready)
+        yield from _pieces(slab, part.start, wanted, size, shape, rows, slab_bytes)
+        done, last = max(done, between, ready), slab[:, -1:].clone()
+
+
+def _pieces(
+    slab: torch.Tensor,
+    begins: int,
+    outputs: slice,
+    size: tuple[int, int],
+    shape: Size3,
+    rows: Rows,
+    slab_bytes: int,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Make some of the outputs, of a slab that begins at a voxel along D."""
+    low, high, weight = _taps(size[0], shape[0])
+    height = rows.outer.stop - rows.outer.start
+    length = max(1, slab_bytes // (4 * len(slab) * height * shape[2]))
+    for start in range(outputs.start, outputs.stop, length):
+        part = slice(start, min(outputs.stop, start + length))
+        piece = _blend(slab, 1, low[part] - begins, high[part] - begins, weight[part])
+        yield part, _in_plane(piece, size[1], shape, rows)
+
+
+def _in_plane(piece: torch.Tensor, n_in: int, shape: Size3, rows: Rows) -> torch.Tensor:
+    """Resample (K, length, rows.inner, W) along H and W."""
+    outer, inner = rows.outer, rows.inner
+    is_part = outer.stop - outer.start < shape[1]
+    if is_part and n_in != shape[1]:
+        low, high, weight = (taps[outer] for taps in _taps(n_in, shape[1]))
+        piece = _blend(piece, 2, low - inner.start, high - inner.start, weight)
+    wanted = (outer.stop - outer.start, shape[2])
+    if piece.shape[2:] == wanted:
+        return piece
+    return functional.interpolate(
+        piece, size=wanted, mode="bilinear", align_corners=False
+    )
 
 
 def _resample_linear(channel: Array, shape: Size3) -> Array:
