@@ -106,7 +106,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     u += p.base * E, code += p.base * code_stride;
     b += p.base * b_stride + p.group * STATES;
     c += p.base * c_stride + p.group * STATES;
-    y += (long long)p.row * L * E + p.channel;
+    y += (long long)p.row * L * E;
     stage_states(BC, 2 * STATES, b, b_stride, p.count, CHUNK);
     stage_states(BC + STATES, 2 * STATES, c, c_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
@@ -119,12 +119,10 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     for (int n = 0; n < STATES; n++) state[n] = kept[(long long)n * E];
     __syncthreads();
     for (int t0 = 0; t0 < p.count; t0 += STEPS) {
-        float dt[STEPS], x[STEPS], before[STEPS];
+        float dt[STEPS], x[STEPS], before[STEPS] = {};
         column<STEPS>(x, u, p, t0, E, p.count);
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            bool there = add && p.valid && t0 + i < p.count;
-            before[i] = there ? to_float(y[tokens[t0 + i]]) : 0.0f;
+        if (add) {
+            gather<STEPS>(before, y, p, t0, p.count, [&](int t) { return tokens[t]; });
         }
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
@@ -141,7 +139,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
             }
             if (!p.valid || t0 + i >= p.count) continue;
             float out = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            y[tokens[t0 + i]] = from_float(out);
+            y[tokens[t0 + i] + p.channel] = from_float(out);
         }
     }
 }
@@ -161,7 +159,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
     Place p = place_of(blockIdx.x + 1, L, per_group, batch, E);
     code += p.base * code_stride;
     c += p.base * c_stride + p.group * STATES;
-    grad += (long long)(p.row % grad_rows) * L * E + p.channel;
+    grad += (long long)(p.row % grad_rows) * L * E;
     stage_states(C, STATES, c, c_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
     stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, E, CHUNK);
@@ -172,11 +170,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
     __syncthreads();
     for (int t0 = CHUNK - STEPS; t0 >= 0; t0 -= STEPS) {
         float dt[STEPS], dy[STEPS];
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            bool here = p.valid && t0 + i < p.count;
-            dy[i] = here ? to_float(grad[tokens[t0 + i]]) : 0.0f;
-        }
+        gather<STEPS>(dy, grad, p, t0, p.count, [&](int t) { return tokens[t]; });
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
 #pragma unroll

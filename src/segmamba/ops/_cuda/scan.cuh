@@ -66,17 +66,37 @@ INLINE void stage_tokens(int *to, const int *orders, int direction, int first, i
     }
 }
 
+// COUNT values of a channel, each `at` an offset of its step; zero where a step or the
+// channel isn't. Loads don't depend on conditions, so that all of them are on their way
+// before the first one is waited for.
+template <int COUNT, class At>
+INLINE void gather(float *values, const element *from, const Place &p, int t0, int count,
+                   At at) {
+    element found[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        found[i] = from[at(min(t0 + i, max(count, 1) - 1)) + p.channel];
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        values[i] = p.valid && t0 + i < count ? to_float(found[i]) : 0.0f;
+    }
+}
+
+// The same for rows of a stride one behind the other.
+template <int COUNT>
+INLINE void column(float *values, const element *from, const Place &p, int t0, int stride,
+                   int count) {
+    gather<COUNT>(values, from, p, t0, count, [=](int t) { return t * stride; });
+}
+
 // Step sizes of a channel at COUNT steps from t0 on; zero behind the chunk's end.
 template <int COUNT>
 INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows, int t0,
                        const element *code, int code_stride, const float *weight,
                        const float *bias, int rank, int E, int count) {
 #ifdef GIVEN
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        bool here = p.valid && t0 + i < count;
-        dt[i] = here ? to_float(code[(t0 + i) * code_stride + p.channel]) : 0.0f;
-    }
+    column<COUNT>(dt, code, p, t0, code_stride, count);
 #else
     float offset = bias[p.direction * E + p.channel];
 #pragma unroll
@@ -96,17 +116,6 @@ INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows,
         dt[i] = p.valid && t0 + i < count ? softplus(dt[i]) : 0.0f;
     }
 #endif
-}
-
-// COUNT values of a channel in rows from t0 on; zero behind the chunk's end.
-template <int COUNT>
-INLINE void column(float *values, const element *from, const Place &p, int t0, int E,
-                   int count) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        bool here = p.valid && t0 + i < count;
-        values[i] = here ? to_float(from[(t0 + i) * E + p.channel]) : 0.0f;
-    }
 }
 
 INLINE void load_rates(float *rate, const float *a, const Place &p, int E) {

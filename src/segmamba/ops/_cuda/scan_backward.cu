@@ -91,10 +91,8 @@ INLINE void stage_part(Shared &m, Place p, int part, int per_group,
     for (int t0 = 0; t0 < PART; t0 += AHEAD) {
         float x[AHEAD], dy[AHEAD], dt[AHEAD];
         column<AHEAD>(x, u, p, t0, E, count);
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            bool here = back && p.valid && t0 + i < count;
-            dy[i] = here ? to_float(grad[m.tokens[t0 + i] + p.channel]) : 0.0f;
+        if (back) {
+            gather<AHEAD>(dy, grad, p, t0, count, [&](int t) { return m.tokens[t]; });
         }
         step_sizes<AHEAD>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
                           E, count);
@@ -246,17 +244,21 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         fold<2>(exponent, 1);
         int n = (q.c & 4 ? STATES : 0) + 4 * q.s + (q.c & 3);
         m.sums[g & 1][q.warp][i][n] = of_states[0];
-        if (!q.owner || t >= count) continue;
-        float own_dt = m.dt[q.warp][t][q.c][q.s], own_u = m.u[q.warp][t][q.c][q.s];
-        float own_dy = m.dy[q.warp][t][q.c][q.s];
+        // threads without a channel of their own do as if, for the sake of no branches
+        int k = min(q.s, ACROSS - 1);
+        float own_dt = m.dt[q.warp][t][q.c][k], own_u = m.u[q.warp][t][q.c][k];
+        float own_dy = m.dy[q.warp][t][q.c][k];
         float slope = through[0] * own_u + exponent[0] * LN2;
 #ifndef GIVEN
         slope *= 1.0f - exp2_fast(-LOG2E * own_dt);
 #endif
         sums.skip += own_dy * own_u;
         sums.bias += slope;
-        to.u[t * E + q.own] = from_float(own_dy * D + through[0] * own_dt);
-        to.step[t * to.step_stride + q.own] = from_float(slope);
+        element of_u = from_float(own_dy * D + through[0] * own_dt);
+        element of_step = from_float(slope);
+        element *u_at = to.u + t * E + q.own;
+        element *step_at = to.step + t * to.step_stride + q.own;
+        if (q.owner && t < count) *u_at = of_u, *step_at = of_step;
     }
     __syncthreads();
     finish_states(to, m, g & 1, 4 * g, count, columns);
