@@ -151,6 +151,6 @@ def test_a_stream_of_slabs_is_the_whole_in_pieces(before, after, parts, cuts, se
         for part, piece in resample_stream(slabs, size, after, rows, limit):
             assert torch.isnan(found[:, part, rows.outer]).all()
             found[:, part, rows.outer] = piece
-    if before[1] == after[1] or parts == 1 or after[1] == 1:
+    if before[1:] == after[1:]:  # torch's interpolation depends on the piece's size
         assert torch.equal(found, whole)
     torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)
