@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segmamba.config import AugmentationConfig
 from segmamba.data import augment as module
@@ -508,6 +509,27 @@ def test_disabled_augmentation_ignores_every_probability() -> None:
     out = augment(batch, CUBE, config, 0)
     assert torch.equal(out.image, batch.image)
     assert torch.equal(out.label, batch.label)
+
+
+def test_half_precision_is_widened_before_anything_is_computed() -> None:
+    batch = random_batch((33, 34, 35))
+    half = dataclasses.replace(batch, image=batch.image.half())
+    wide = dataclasses.replace(batch, image=half.image.float())
+    for config in (forced(), OFF):
+        found, expected = (augment(item, CUBE, config, 4) for item in (half, wide))
+        assert found.image.dtype == torch.float32
+        assert torch.equal(found.image, expected.image)
+
+
+def test_intensities_change_without_a_look_at_a_number() -> None:
+    """A GPU would wait for it; tensors without numbers raise where one is asked for."""
+    config = forced(p_rotation=0.0, p_scaling=0.0)
+    drawn = draw(config, 2, 3, CUBE, 1)
+    with FakeTensorMode():
+        image = torch.zeros((2, 3, *CUBE), dtype=torch.float16)
+        label = torch.zeros((2, *CUBE), dtype=torch.int16)
+        out = apply(Batch(image, label), CUBE, drawn)
+    assert out.image.shape == image.shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ from monai.losses.dice import DiceCELoss, DiceLoss
 from monai.losses.focal_loss import FocalLoss
 from monai.losses.tversky import TverskyLoss
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segmamba.data.labels import IGNORED, LabelScheme
 from segmamba.errors import ConfigError, GeometryError
@@ -359,6 +360,16 @@ def test_unknown_losses_and_wrong_shapes_are_named() -> None:
         build_loss("ce", CLASSES)(logits[:, :2], labels)
     with pytest.raises(GeometryError, match="logits"):
         build_loss("ce", CLASSES)(logits, labels[:, 1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_no_number_is_looked_at_which_a_gpu_would_wait_for(name, scheme) -> None:
+    """Tensors without numbers raise where one is asked for."""
+    with FakeTensorMode():
+        logits = torch.zeros((2, scheme.num_outputs, 4, 5, 6), requires_grad=True)
+        labels = torch.zeros((2, 4, 5, 6), dtype=torch.int16)
+        build_loss(name, scheme)(logits, labels).backward()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

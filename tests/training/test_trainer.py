@@ -16,13 +16,16 @@ from torch import nn
 from segmamba import checkpoint
 from segmamba.checkpoint import load_checkpoint, load_model_file
 from segmamba.config import TrainConfig, from_dict
+from segmamba.data.labels import LabelScheme
 from segmamba.errors import (
     BackendUnavailableError,
     CheckpointError,
     ConfigError,
     TrainingError,
 )
+from segmamba.nn import create_network
 from segmamba.training import read_log, trainer
+from segmamba.training.losses import build_loss
 
 
 def changed(tiny, **changes) -> TrainConfig:
@@ -471,3 +474,44 @@ def test_it_learns_on_a_gpu_and_goes_on_there(tiny, tmp_path, precision):
     result = run.fit(resume=True)
     assert result.best_score is not None
     assert result.best_score > 0.9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_no_step_makes_the_cpu_wait_for_a_gpu(tiny, tmp_path, optimizer):
+    """The real network and loss; PyTorch raises where something waits."""
+    scheme = LabelScheme({"background": 0, "ball": 1})
+    network = create_network(
+        "segmamba", in_channels=1, out_channels=2, dims=(8, 16), depths=(1, 1)
+    )
+    batch = tiny.make_batch(0).to("cuda")
+    losses = []
+
+    def watch(progress):
+        losses.append(progress.loss)
+        torch.cuda.set_sync_debug_mode("error" if 3 <= progress.step < 8 else "default")
+
+    run = tiny.make_trainer(
+        tmp_path,
+        changed(
+            tiny,
+            precision="bf16",
+            optimizer=optimizer,
+            workers=0,
+            iterations_per_epoch=10,
+            max_epochs=1,
+            save_every_s=1e9,
+        ),
+        network=network,
+        loss=build_loss("dice_ce", scheme),
+        make_batch=lambda _: batch,
+        validate=None,
+        on_progress=watch,
+        device="cuda",
+    )
+    try:
+        run.fit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
