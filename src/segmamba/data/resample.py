@@ -199,11 +199,13 @@ def _pieces(
 
 def _in_plane(piece: torch.Tensor, n_in: int, shape: Size3, rows: Rows) -> torch.Tensor:
     """Resample (K, length, rows.inner, W) along H and W."""
-    outer, inner = rows.outer, rows.inner
-    is_part = outer.stop - outer.start < shape[1]
-    if is_part and n_in != shape[1]:
+    outer = rows.outer
+    is_whole = (piece.shape[2], outer.stop - outer.start) == (n_in, shape[1])
+    if not is_whole and n_in != shape[1]:
         low, high, weight = (taps[outer] for taps in _taps(n_in, shape[1]))
-        piece = _blend(piece, 2, low - inner.start, high - inner.start, weight)
+        piece = _blend(
+            piece, 2, low - rows.inner.start, high - rows.inner.start, weight
+        )
     wanted = (outer.stop - outer.start, shape[2])
     if piece.shape[2:] == wanted:
         return piece
