@@ -214,6 +214,50 @@ def load_model_metadata(path: Path | str) -> JsonDict:
     return {key: head[key] for key in head if key not in _NOT_METADATA}
 
 
+def load_published_file(path: Path | str) -> dict[str, Any]:
+    """Read a `.pt` file, such as the published code writes, as data only.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds, such as tensors by name: what
+        `segmamba.load_published_weights` takes.
+
+    Raises:
+        CheckpointError: It is missing or damaged, holds something else, or would run
+            code: such a file is never opened any other way.
+    """
+    path = Path(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly every type there is
+        reason = "it would run code" if "WeightsUnpickler" in str(error) else error
+        raise CheckpointError(
+            describe(
+                "can't read a weight file",
+                expected="tensors by name, written by torch.save",
+                found=_first_line(reason),
+                file=path,
+                remedy="Save the state dict alone, or take another copy.",
+            )
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            describe(
+                "a weight file holds no weights",
+                expected="tensors by name",
+                found=type(found).__name__,
+                file=path,
+            )
+        )
+    return found
+
+
+def _first_line(reason: object) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+
+
 def update_model(path: Path | str, **changes: Any) -> None:
     """Change the metadata of a `model.safetensors`; the weights stay as they are.
 

@@ -87,14 +87,16 @@ class Cache:
         files = _CaseFiles(self.folder, case_id)
         marker = read_json(files.marker)
         try:
-            return CachedCase(
+            case = CachedCase(
                 case_id,
-                np.load(files.image, mmap_mode="r"),
-                np.load(files.label, mmap_mode="r"),
+                np.load(files.image, mmap_mode="r", allow_pickle=False),
+                np.load(files.label, mmap_mode="r", allow_pickle=False),
                 _load_foreground(files.foreground),
                 Geometry.from_dict(marker["geometry"], source=files.marker),
             )
-        except (OSError, ValueError, KeyError, zlib.error) as error:
+            _check_arrays(case)
+            return case
+        except Exception as error:  # numpy raises nearly every type there is
             raise FormatError(
                 describe(
                     f"cached case '{case_id}' is damaged",
@@ -287,5 +289,21 @@ def _case_key(case: Case, plan: Plan, scheme: LabelScheme) -> str:
 
 
 def _load_foreground(path: Path) -> dict[int, Array]:
-    with np.load(path) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return {int(name): archive[name] for name in archive.files}
+
+
+def _check_arrays(case: CachedCase) -> None:
+    """Refuse arrays that aren't what `_ensure_case` writes, before anyone indexes."""
+    shape = case.geometry.shape
+    for name, array, dtypes, found in (
+        ("image", case.image, ("float16", "float32"), case.image.shape[1:]),
+        ("label map", case.label, ("int16",), case.label.shape),
+    ):
+        if found != shape or array.dtype not in dtypes:
+            raise ValueError(f"{name}: {array.dtype} {found} instead of {shape}")
+    for places in case.foreground.values():
+        if places.dtype != np.int32 or places.shape[1:] != (3,):
+            raise ValueError(f"locations: {places.dtype} {places.shape}")
+        if len(places) and (places.min() < 0 or (places.max(axis=0) >= shape).any()):
+            raise ValueError("locations outside of the image")

@@ -41,7 +41,8 @@ class Dataset:
     def __post_init__(self) -> None:
         for case in (*self.cases, *self.unlabelled):
             name = case.id
-            if not name or name[0] == "." or any(sign in name for sign in '/\\:*?"<>|'):
+            bad = any(sign in '/\\:*?"<>|' or sign < " " for sign in name)
+            if not name or name[0] == "." or bad:
                 raise FormatError(
                     describe(
                         "a case id can't be a file's name",
