@@ -56,7 +56,7 @@ class Replayed:
 
     The first pass of a shape is a plain one, which compiles kernels; the second is
     recorded; from then on the record is replayed. It is made anew when the shape, the
-    precision or the place of a weight changes. What can't be recorded, or doesn't fit
+    precision or a weight changes. What can't be recorded, or doesn't fit
     the memory twice, runs plainly. Safe to call from several threads.
 
     Args:
@@ -98,7 +98,8 @@ class Replayed:
             batch.dtype,
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-            tuple(weight.data_ptr() for weight in weights),
+            # Each weight's version too: an operator may keep what it made of a weight.
+            tuple((weight.data_ptr(), _version(weight)) for weight in weights),
         )
 
     def _record(self, batch: Tensor, key: object) -> None:
@@ -109,6 +110,10 @@ class Replayed:
             self._refused = not is_out_of_memory(error)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _log.info("%s is not replayed: %s", type(self.network).__name__, reason)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 @dataclass
