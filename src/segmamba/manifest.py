@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 NAME = "manifest.json"
 """The manifest of a folder."""
 
-_PACKAGES = ("numpy", "numba", "triton", "nibabel", "pydicom")
+_PACKAGES = ("numpy", "numba", "nibabel", "pydicom")
 _KEPT_WARNINGS = 100
 _LOGGER = "segmamba"
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,39 +23,6 @@ def _module(name: str, file: str):
 
 _loops = _module("ops_loops", "loops.py")
 _emulator = _module("ops_emulator", "emulator/emulator.py")
-
-
-def _mend_interpreter() -> None:
-    """Let Triton 3.6's interpreter loop to a number that a kernel computed.
-
-    It keeps numbers in arrays of one element, which numpy 2.4 makes no integer of.
-    It scans arrays number by number, which takes half its time: let it go by rows.
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def scan(self, input):
-        kinds = [t.dtype.scalar for t in input]
-        arrays = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
-        results = []
-        for row in zip(*arrays, strict=True):
-            now = [self.to_tensor(r, k) for r, k in zip(row, kinds, strict=True)]
-            results.append(self.combine_fn.fn(*results[-1], *now) if results else now)
-        rows = ([x.handle.data for x in kind] for kind in zip(*results, strict=True))
-        found = [np.stack(list(kind), self.axis) for kind in rows]
-        return [self.to_tensor(f, k) for f, k in zip(found, kinds, strict=True)]
-
-    interpreter._patch_lang_tensor = mended
-    interpreter.ScanOps.generic_scan = scan
-
-
-if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
-    _mend_interpreter()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,6 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.patch = monkeypatch
-        monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -57,8 +55,6 @@ class Machine:
 def forget():
     for function in (
         cuda_status,
-        backends.triton_status,
-        backends.triton_is_interpreted,
         backends._warn_once,
         nvrtc.library,
     ):

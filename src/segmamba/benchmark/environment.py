@@ -54,7 +54,6 @@ def versions() -> JsonDict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": package_version("triton"),
         "numba": package_version("numba"),
     }
 

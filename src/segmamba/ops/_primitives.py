@@ -1,7 +1,7 @@
 """The operators of torch.library that the public functions are made of.
 
 Rows are channels-last: (batch, L, channels). Kernels are imported at the first call, so
-that this module works where Numba or Triton is missing.
+that this module works where Numba or a GPU is missing.
 """
 
 from __future__ import annotations

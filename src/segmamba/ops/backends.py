@@ -5,22 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import re
-import shutil
-import sys
-import sysconfig
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, describe
 from segmamba.ops._cuda import nvrtc
 
-BACKENDS = ("reference", "chunked", "numba", "cuda", "triton")
-
-_OLDEST = (3, 3)
-"""Oldest Triton that compiles the kernels."""
+BACKENDS = ("reference", "chunked", "numba", "cuda")
 
 _FASTEST = {"cpu": "numba", "cuda": "cuda"}
 """The fastest back end of a kind of device, in float32."""
@@ -81,87 +72,6 @@ def _why_no_compiler() -> str:
     )
 
 
-@functools.cache
-def triton_status() -> str:
-    """Say whether Triton's kernels can run here.
-
-    Returns:
-        "available", or the reason why not. Triton's interpreter, which runs them on
-        CPU tensors for tests, counts as available.
-    """
-    try:
-        importlib.import_module("triton")
-    except Exception as error:
-        return f"triton can't be imported ({type(error).__name__}: {error})"
-    if triton_is_interpreted():
-        return "available"
-    return (
-        _why_not_this_triton()
-        or _why_not_this_gpu()
-        or _why_no_launcher()
-        or "available"
-    )
-
-
-def _why_not_this_triton() -> str:
-    """Why this version is no good: kernels with tuples came with 3.3."""
-    version = str(importlib.import_module("triton").__version__)
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    return "" if found >= _OLDEST else f"triton is {version}, and the kernels need 3.3"
-
-
-def _why_not_this_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "PyTorch finds no GPU that Triton's kernels run on"
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:  # their assembler packs two halves at once, as GPUs do from 8.0 on
-        return f"the GPU's compute capability is {major}.{minor}, the kernels need 8.0"
-    return ""
-
-
-def _why_no_launcher() -> str:
-    """Why Triton can't build the C code that launches kernels, at the first launch."""
-    if sys.platform == "win32":
-        return ""  # builds of Triton for Windows bring a compiler
-    compilers = (_build_knob("cc"), shutil.which("gcc"), shutil.which("clang"))
-    if _build_knob("impl"):
-        return ""  # somebody has set another way to build it
-    if not any(compilers):
-        return (
-            "Triton needs a C compiler at its first launch (gcc or clang), none is on "
-            "the PATH: install one, e.g. apt install gcc, to make GPUs fast"
-        )
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    headers = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
-    if not headers.exists():
-        return (
-            f"Triton needs Python's C headers at its first launch, and {headers} is "
-            "missing: install them, e.g. apt install python3-dev, to make GPUs fast"
-        )
-    return ""
-
-
-def _build_knob(name: str) -> Any:
-    """A setting of Triton's own build (it reads the compiler from CC)."""
-    try:
-        knobs = importlib.import_module("triton.knobs")
-    except ImportError:
-        return None  # before 3.4
-    return getattr(knobs.build, name, None)
-
-
-@functools.cache
-def triton_is_interpreted() -> bool:
-    """Say whether Triton's interpreter is on (Triton reads TRITON_INTERPRET=1)."""
-    try:
-        knobs = importlib.import_module("triton.knobs")
-    except Exception:
-        return False  # no Triton, or one before 3.4
-    return bool(knobs.runtime.interpret)
-
-
 def available_backends() -> dict[str, str]:
     """Say which back ends can run on this machine.
 
@@ -173,7 +83,6 @@ def available_backends() -> dict[str, str]:
         "chunked": "available",
         "numba": _numba_status(),
         "cuda": cuda_status(),
-        "triton": triton_status(),
     }
 
 
@@ -247,7 +156,6 @@ def resolve_backend(
         return name
     reasons = {
         "cuda": _why_not_cuda(device, dtype) or limit,
-        "triton": _why_not_triton(device, dtype) or limit,
         "numba": _why_not_numba(device, dtype) or limit or numba_limit,
     }
     if name == "auto":
@@ -263,10 +171,9 @@ def resolve_backend(
 
 
 def _automatic(reasons: dict[str, str]) -> str:
-    """The fastest back end with no reason against it; never an interpreted one."""
+    """The fastest back end with no reason against it; never the emulated one."""
     for name, reason in reasons.items():
-        slow = name == "triton" and _triton_interprets()
-        if not reason and not slow and not (name == "cuda" and cuda_is_emulated):
+        if not reason and not (name == "cuda" and cuda_is_emulated):
             return name
     return "chunked"
 
@@ -288,26 +195,6 @@ def why_not_on(device: torch.device) -> str:
 @torch.compiler.assume_constant_result
 def _constant_cuda_status() -> str:
     return cuda_status()
-
-
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return f"it computes in float32, and these tensors are {dtype}"
-    if _constant_triton_status() != "available":
-        return _constant_triton_status()
-    if device.type != "cuda" and not _triton_interprets():
-        return f"it needs tensors on a GPU, and these are on {device.type}"
-    return ""
-
-
-@torch.compiler.assume_constant_result
-def _constant_triton_status() -> str:
-    return triton_status()
-
-
-@torch.compiler.assume_constant_result
-def _triton_interprets() -> bool:
-    return triton_is_interpreted()
 
 
 def _why_not_numba(device: torch.device, dtype: torch.dtype) -> str:

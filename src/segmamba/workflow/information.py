@@ -28,7 +28,7 @@ from segmamba.workflow.training_record import SETTINGS
 
 Rows = list[tuple[str, str]]
 
-PACKAGES = ("segmamba", "torch", "triton", "numpy", "scipy", "numba", "nibabel")
+PACKAGES = ("segmamba", "torch", "numpy", "scipy", "numba", "nibabel")
 
 
 def info(run: Path | str | None = None) -> dict[str, Rows]:

@@ -1,1 +1,0 @@
-"""Operators by Triton, for GPUs."""
