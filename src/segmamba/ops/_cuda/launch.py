@@ -400,7 +400,7 @@ def _blocks(scan: Scan, cut: _Cut) -> int:
 def _shared_bytes(scan: Scan, cut: _Cut) -> int:
     """Size of the gradients' kernel's shared memory: struct Shared, or the code."""
     part = min(_PART, scan.steps)
-    rows = part * (2 * STATES * 4 + 4) + 2 * cut.warps * 4 * _LANES * 4
+    rows = part * (2 * STATES * 4 + 4) + 2 * cut.warps * 8 * _LANES * 4
     pitch = 4 if cut.across == 3 else cut.across
     rows += cut.warps * part * 8 * pitch * 3 * 4
     left = cut.warps * (part // 4 - 1) * cut.across * _LANES * 4 * 4

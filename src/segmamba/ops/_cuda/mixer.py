@@ -224,17 +224,31 @@ def mix(
     every = slice(0, count)
     ways = _cut(every) if length >= _LONG else [every]
     for cases in _cut(slice(0, batch)) if batch * length >= _LONG else [slice(0, batch)]:
-        number = cases.stop - cases.start
-        y = tokens.new_empty(number * count // len(ways), length, channels)
+        y = tokens.new_empty(
+            (cases.stop - cases.start) * count // len(ways), length, channels
+        )
         for which in ways:
-            scan = _prepare(xz[cases], directions.part(which))
-            first = which.start > 0
-            run_forward(scan, y, _part(kept, which, cases, form), add=first)
-        _gate(y, xz[cases], total if total is None else total[cases], gated[cases], form.taps)
+            _scan(
+                xz[cases],
+                directions.part(which),
+                y,
+                _part(kept, which, cases, form),
+                add=which.start > 0,
+            )
+        kept_sum = None if total is None else total[cases]
+        _gate(y, xz[cases], kept_sum, gated[cases], form.taps)
+        del y  # before the next one is made
     out = F.linear(gated, out_proj)
     if total is None:
         return out, tokens.new_empty(0), tokens.new_empty(0)
     return out, total, kept
+
+
+def _scan(
+    xz: Tensor, directions: Directions, y: Tensor, kept: Tensor, *, add: bool
+) -> None:
+    """Convolve, project and scan; what that needs is freed at once."""
+    run_forward(_prepare(xz, directions), y, kept, add=add)
 
 
 def _cut(whole: slice) -> list[slice]:

@@ -24,7 +24,7 @@ scan_chunks(const element *u, const element *code, const element *b, const float
     __syncthreads();
     for (int t0 = 0; t0 < CHUNK; t0 += STEPS) {
         float dt[STEPS], x[STEPS];
-        column<STEPS>(x, u, p, t0, E, p.count);
+        column<STEPS>(x, u, p.channel, t0, E, p.count);
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
 #pragma unroll
@@ -120,9 +120,10 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     __syncthreads();
     for (int t0 = 0; t0 < p.count; t0 += STEPS) {
         float dt[STEPS], x[STEPS], before[STEPS] = {};
-        column<STEPS>(x, u, p, t0, E, p.count);
+        column<STEPS>(x, u, p.channel, t0, E, p.count);
         if (add) {
-            gather<STEPS>(before, y, p, t0, p.count, [&](int t) { return tokens[t]; });
+            gather<STEPS>(before, y, p.channel, t0, p.count,
+                          [&](int t) { return tokens[t]; });
         }
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
@@ -137,9 +138,9 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
                 state[n] = state[n] * exp2_fast(rate[n] * dt[i]) + drive * Bt[n];
                 sums[n % 4] += state[n] * Ct[n];
             }
-            if (!p.valid || t0 + i >= p.count) continue;
-            float out = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            y[tokens[t0 + i] + p.channel] = from_float(out);
+            element out = from_float((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            bool here = p.valid && t0 + i < p.count;
+            store_if(here, y + tokens[t0 + i] + p.channel, out);
         }
     }
 }
@@ -170,7 +171,10 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
     __syncthreads();
     for (int t0 = CHUNK - STEPS; t0 >= 0; t0 -= STEPS) {
         float dt[STEPS], dy[STEPS];
-        gather<STEPS>(dy, grad, p, t0, p.count, [&](int t) { return tokens[t]; });
+        gather<STEPS>(dy, grad, p.channel, t0, p.count,
+                      [&](int t) { return tokens[t]; });
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) dy[i] = t0 + i < p.count ? dy[i] : 0.0f;
         step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
                           p.count);
 #pragma unroll

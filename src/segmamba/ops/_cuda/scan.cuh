@@ -66,28 +66,26 @@ INLINE void stage_tokens(int *to, const int *orders, int direction, int first, i
     }
 }
 
-// COUNT values of a channel, each `at` an offset of its step; zero where a step or the
-// channel isn't. Loads don't depend on conditions, so that all of them are on their way
-// before the first one is waited for.
+// COUNT values of a channel, each `at` an offset of its step; steps behind the end give
+// the last one again. Loads don't depend on conditions, so that all of them are on their
+// way before the first one is waited for.
 template <int COUNT, class At>
-INLINE void gather(float *values, const element *from, const Place &p, int t0, int count,
+INLINE void gather(float *values, const element *from, int channel, int t0, int count,
                    At at) {
     element found[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        found[i] = from[at(min(t0 + i, max(count, 1) - 1)) + p.channel];
+        found[i] = from[at(min(t0 + i, max(count, 1) - 1)) + channel];
     }
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        values[i] = p.valid && t0 + i < count ? to_float(found[i]) : 0.0f;
-    }
+    for (int i = 0; i < COUNT; i++) values[i] = to_float(found[i]);
 }
 
 // The same for rows of a stride one behind the other.
 template <int COUNT>
-INLINE void column(float *values, const element *from, const Place &p, int t0, int stride,
+INLINE void column(float *values, const element *from, int channel, int t0, int stride,
                    int count) {
-    gather<COUNT>(values, from, p, t0, count, [=](int t) { return t * stride; });
+    gather<COUNT>(values, from, channel, t0, count, [=](int t) { return t * stride; });
 }
 
 // Step sizes of a channel at COUNT steps from t0 on; zero behind the chunk's end.
@@ -96,7 +94,9 @@ INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows,
                        const element *code, int code_stride, const float *weight,
                        const float *bias, int rank, int E, int count) {
 #ifdef GIVEN
-    column<COUNT>(dt, code, p, t0, code_stride, count);
+    column<COUNT>(dt, code, p.channel, t0, code_stride, count);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) dt[i] = t0 + i < count ? dt[i] : 0.0f;
 #else
     float offset = bias[p.direction * E + p.channel];
 #pragma unroll
@@ -113,7 +113,7 @@ INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows,
     }
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        dt[i] = p.valid && t0 + i < count ? softplus(dt[i]) : 0.0f;
+        dt[i] = t0 + i < count ? softplus(dt[i]) : 0.0f;
     }
 #endif
 }
@@ -128,6 +128,19 @@ INLINE void load_rates(float *rate, const float *a, const Place &p, int E) {
 INLINE void load16(const float *from, float *values) {
 #pragma unroll
     for (int n = 0; n < STATES; n += 4) load4(from + n, values + n);
+}
+
+// Store where a condition holds, without a branch.
+INLINE void store_if(bool condition, element *to, element value) {
+#ifdef EMULATED
+    if (condition) *to = value;
+#elif KIND == 0
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.f32 [%0], %1;}"
+                 ::"l"(to), "f"(value), "r"((int)condition) : "memory");
+#else
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u16 [%0], %1;}"
+                 ::"l"(to), "h"(value.bits), "r"((int)condition) : "memory");
+#endif
 }
 
 // Where chunk i's numbers lie in what is kept, (rows, chunks + 1, STATES + 1, E).

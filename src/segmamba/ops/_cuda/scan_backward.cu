@@ -18,7 +18,7 @@
 
 struct Shared {
     float BC[PART * 2 * STATES];
-    float sums[2][WARPS][4][32];  // gradients of B and C at four steps, two buffers
+    float sums[2][WARPS][8][32];  // gradients of B and C at eight steps, two buffers
     float dt[WARPS][PART][8][PITCH], u[WARPS][PART][8][PITCH], dy[WARPS][PART][8][PITCH];
     int tokens[PART];
     float left[WARPS][GROUPS - 1][ACROSS][32][4];  // states; the code while staging
@@ -88,20 +88,23 @@ INLINE void stage_part(Shared &m, Place p, int part, int per_group,
     p.valid = p.lane < WIDTH && inside < per_group;
     p.channel = p.group * per_group + (p.valid ? inside : 0);
     int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
+    float exists = p.valid ? 1.0f : 0.0f;
     for (int t0 = 0; t0 < PART; t0 += AHEAD) {
         float x[AHEAD], dy[AHEAD], dt[AHEAD];
-        column<AHEAD>(x, u, p, t0, E, count);
+        column<AHEAD>(x, u, p.channel, t0, E, count);
         if (back) {
-            gather<AHEAD>(dy, grad, p, t0, count, [&](int t) { return m.tokens[t]; });
+            gather<AHEAD>(dy, grad, p.channel, t0, count,
+                          [&](int t) { return m.tokens[t]; });
         }
         step_sizes<AHEAD>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
                           E, count);
         if (p.lane >= WIDTH) continue;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            m.dt[p.warp][t0 + i][column_of][k] = dt[i];
+            m.dt[p.warp][t0 + i][column_of][k] = exists * dt[i];
             m.u[p.warp][t0 + i][column_of][k] = x[i];
-            if (back) m.dy[p.warp][t0 + i][column_of][k] = dy[i];
+            float arrived = t0 + i < count ? exists * dy[i] : 0.0f;
+            if (back) m.dy[p.warp][t0 + i][column_of][k] = arrived;
         }
     }
     __syncthreads();
@@ -180,10 +183,11 @@ struct Targets {
     int step_stride, bc_stride;
 };
 
-// Gradients of B and C at four steps, summed over the block's channels.
+// Gradients of B and C at eight steps, summed over the block's channels.
 INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0,
                           int count, int columns) {
-    for (int i = threadIdx.x; i < 128; i += THREADS) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 8 * 32; i += THREADS) {
         int t = t0 + i / 32, n = i % 32;
         if (t >= count) continue;
         float total = 0.0f;
@@ -243,7 +247,7 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         fold<4>(exponent, 2);
         fold<2>(exponent, 1);
         int n = (q.c & 4 ? STATES : 0) + 4 * q.s + (q.c & 3);
-        m.sums[g & 1][q.warp][i][n] = of_states[0];
+        m.sums[g >> 1 & 1][q.warp][4 * (g & 1) + i][n] = of_states[0];
         // threads without a channel of their own do as if, for the sake of no branches
         int k = min(q.s, ACROSS - 1);
         float own_dt = m.dt[q.warp][t][q.c][k], own_u = m.u[q.warp][t][q.c][k];
@@ -258,10 +262,12 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         element of_step = from_float(slope);
         element *u_at = to.u + t * E + q.own;
         element *step_at = to.step + t * to.step_stride + q.own;
-        if (q.owner && t < count) *u_at = of_u, *step_at = of_step;
+        store_if(q.owner && t < count, u_at, of_u);
+        store_if(q.owner && t < count, step_at, of_step);
     }
+    if (g & 1) return;
     __syncthreads();
-    finish_states(to, m, g & 1, 4 * g, count, columns);
+    finish_states(to, m, g >> 1 & 1, 4 * g, count, columns);
 }
 
 // All gradients, chunk by chunk, from true first states and true last adjoints.
