@@ -2,6 +2,7 @@
 
 from segmamba.ops.backends import available_backends
 from segmamba.ops.convolution import causal_conv1d
+from segmamba.ops.convolution3d import conv3d
 from segmamba.ops.mixer import mamba_mixer
 from segmamba.ops.norm import instance_norm
 from segmamba.ops.scan import selective_scan
@@ -10,6 +11,7 @@ from segmamba.ops.tri_orientated import tri_orientated_scan
 __all__ = [
     "available_backends",
     "causal_conv1d",
+    "conv3d",
     "instance_norm",
     "mamba_mixer",
     "selective_scan",

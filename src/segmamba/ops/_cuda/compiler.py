@@ -60,7 +60,8 @@ def _module(
 ) -> driver.Module:
     major, minor = torch.cuda.get_device_capability(index)
     options = (
-        f"--gpu-architecture=sm_{major}{minor}",
+        # Hopper's own instructions, which "a" allows, run on no other GPU.
+        f"--gpu-architecture=sm_{major}{minor}" + ("a" if major == 9 else ""),
         "--std=c++17",
         *(f"-D{name}={value}" for name, value in constants),
     )
