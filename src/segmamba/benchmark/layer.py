@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from segmamba.benchmark.checks import (
 )
 from segmamba.benchmark.record import OURS, Record
 from segmamba.benchmark.settings import BenchmarkSettings
-from segmamba.benchmark.timing import Run
+from segmamba.benchmark.timing import Run, captured
 from segmamba.devices import autocast
+from segmamba.errors import SegMambaError, describe
 from segmamba.nn.mamba import TriOrientatedMamba
 from segmamba.types import Size3
 
@@ -43,7 +45,8 @@ def benchmark_layer(record: Record) -> None:
 
     Args:
         record: Where the rows go; batches of 1 and 2, forward without gradient, and
-            forward with backward (gradients of tokens and parameters).
+            forward with backward (gradients of tokens and parameters); on a GPU also
+            both as replays of a CUDA graph, which show what launches cost.
     """
     settings = record.settings
     stages = QUICK_STAGES if settings.quick else STAGES
@@ -64,10 +67,11 @@ def _errors(layer: Layer, small: Size3, side: int) -> dict[str, float]:
 
 def _time(record: Record, layer: Layer, stage: int, batch: int, side: int) -> None:
     size = (side, side, side)
-    for mode, make in (
-        ("forward", layer.forward_run),
-        ("forward+backward", layer.backward_run),
-    ):
+    modes = {"forward": layer.forward_run, "forward+backward": layer.backward_run}
+    if record.device.type == "cuda":
+        modes["forward, CUDA graph"] = layer.forward_graph
+        modes["forward+backward, CUDA graph"] = layer.backward_graph
+    for mode, make in modes.items():
         record.time(
             OURS,
             f"stage {stage}, batch {batch}",
@@ -103,11 +107,27 @@ class Layer:
 
         return run
 
-    def backward_run(self, batch: int, size: Size3) -> Run:
+    def backward_run(self, batch: int, size: Size3) -> Callable[[], dict[str, Tensor]]:
         """Give the forward and backward pass."""
         tokens = self.draw(batch, size).requires_grad_()
         weight = self.draw(batch, size)
         return lambda: self.gradients(tokens, weight, size)
+
+    def forward_graph(self, batch: int, size: Size3) -> Run:
+        """Give the forward pass as a CUDA graph's replay."""
+        return captured(self.forward_run(batch, size))[0]
+
+    def backward_graph(self, batch: int, size: Size3) -> Run:
+        """Give forward and backward as a replay, whose results are the plain ones."""
+        run = self.backward_run(batch, size)
+        expected = {name: x.clone() for name, x in run().items()}
+        replay, found = captured(run)
+        replay()
+        bits = different_bits(list(found.values()), list(expected.values()))
+        if bits:
+            problem = "the graph's answer isn't the layer's"
+            raise SegMambaError(describe(problem, found=f"{bits} different results"))
+        return replay
 
     def gradients(
         self, tokens: Tensor, weight: Tensor, size: Size3

@@ -20,7 +20,7 @@ from segmamba.benchmark.checks import (
 from segmamba.benchmark.peers import CHANNELS, OUTPUTS
 from segmamba.benchmark.record import Record
 from segmamba.benchmark.settings import BenchmarkSettings
-from segmamba.benchmark.timing import Run
+from segmamba.benchmark.timing import Run, captured
 from segmamba.devices import autocast
 from segmamba.errors import SegMambaError, describe
 from segmamba.nn import count_parameters, create_network
@@ -88,22 +88,14 @@ def graph_run(network: nn.Module, settings: BenchmarkSettings, volume: Tensor) -
     """
     run = inference_run(network, settings, volume)
     expected = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    graph.replay()
+    replay, output = captured(run)
+    replay()
     error = relative_error(_as_tensor(output), _as_tensor(expected))
     if not error <= NETWORK_LIMITS[settings.precision]:
         raise SegMambaError(
             describe("the graph's answer isn't the network's", found=error)
         )
-    return graph.replay
+    return replay
 
 
 def training_run(

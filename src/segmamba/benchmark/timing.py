@@ -6,12 +6,15 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from segmamba.types import JsonDict
 
 Run = Callable[[], object]
+
+Result = TypeVar("Result")
 
 WARM_UP = 3
 """Calls before any is timed; the first ones compile and search for algorithms."""
@@ -46,6 +49,27 @@ def measure(run: Run, device: torch.device, seconds: float, baseline: int) -> Js
     least = 3 if estimate > SLOW_MS else MIN_ROUNDS
     rounds = int(min(max(1000 * seconds / estimate, least), MAX_ROUNDS))
     return {**summary(timer(run, rounds)), **memory}
+
+
+def captured(run: Callable[[], Result]) -> tuple[Run, Result]:
+    """Capture a call as a CUDA graph.
+
+    Args:
+        run: The call, on tensors that stay where they are.
+
+    Returns:
+        What replays it, and the result that each replay writes anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
 
 
 def summary(milliseconds: list[float]) -> JsonDict:
