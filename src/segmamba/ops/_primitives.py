@@ -247,9 +247,7 @@ mix_operator = torch.library.custom_op("segmamba::mix", _mix, mutates_args=())
 
 
 @mix_operator.register_fake
-def _(
-    tokens, in_proj, out_proj, flat, strides, reverses, states, rank, taps, keep
-):
+def _(tokens, in_proj, out_proj, flat, strides, reverses, states, rank, taps, keep):
     from segmamba.ops._cuda.launch import kept_shape
 
     out = torch.empty_like(tokens)

@@ -45,6 +45,17 @@ def conv3d(x: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
     return _convolve(x.to(dtype), weight, other)
 
 
+def convolves_parts(x: Tensor, weight: Tensor, other: Tensor) -> bool:
+    """Say whether `conv3d` convolves two inputs without joining them in memory.
+
+    Args:
+        x: Features, as for `conv3d`.
+        weight: Kernel.
+        other: Features whose channels follow x's.
+    """
+    return _takes_kernel(x, weight, other, _autocast_type(x))
+
+
 def _autocast_type(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return (

@@ -16,10 +16,6 @@ struct Features {
     int D, H, W, pitch; // elements from voxel to voxel
 };
 
-constexpr int parts_of(int channels) {
-    return (channels + 7) / 8;
-}
-
 INLINE int parts(int count, int size) {
     return (count + size - 1) / size;
 }
@@ -37,7 +33,7 @@ INLINE Column column_of(int number, const Features &x) {
 // CHANNELS of a voxel are copied, 4 or a multiple of 8, by all threads of a block.
 template <int HIGH, int WIDTH, int CHANNELS, int THREADS> struct Window {
     static constexpr int PLANE = HIGH * WIDTH | 1;
-    static constexpr int PLANES = parts_of(CHANNELS);
+    static constexpr int PLANES = (CHANNELS + 7) / 8;
     static constexpr int COUNT = HIGH * WIDTH * PLANES;
     static constexpr int ITEMS = (COUNT + THREADS - 1) / THREADS;
 

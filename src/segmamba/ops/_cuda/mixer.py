@@ -6,6 +6,7 @@ one case at a time, for little memory.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -221,9 +222,8 @@ def mix(
     kept = tokens.new_empty(shape, dtype=torch.float32)
     gated = tokens.new_empty(batch, length, channels)
     total = torch.empty_like(gated) if keep else None
-    every = slice(0, count)
-    ways = _cut(every) if length >= _LONG else [every]
-    for cases in _cut(slice(0, batch)) if batch * length >= _LONG else [slice(0, batch)]:
+    ways = _cut(count, length)
+    for cases in _cut(batch, batch * length):
         y = tokens.new_empty(
             (cases.stop - cases.start) * count // len(ways), length, channels
         )
@@ -251,9 +251,11 @@ def _scan(
     run_forward(_prepare(xz, directions), y, kept, add=add)
 
 
-def _cut(whole: slice) -> list[slice]:
-    """One by one."""
-    return [slice(i, i + 1) for i in range(whole.start, whole.stop)]
+def _cut(count: int, tokens: int) -> list[slice]:
+    """All of a count at once, or one by one if tokens are many."""
+    if tokens < _LONG:
+        return [slice(0, count)]
+    return [slice(i, i + 1) for i in range(count)]
 
 
 def _gate(
@@ -330,11 +332,11 @@ def mix_backward(
     )
     of_out_proj = _flat_rows(grad).mT @ _flat_rows(gated)
     del gated
-    grad_x = xz[..., :channels]
-    if batch * length >= _LONG:
+    grad_x, long = xz[..., :channels], batch * length
+    if long >= _LONG:
         grad_x = torch.empty_like(grad_y)
     found: dict[int, list[Tensor]] = {}
-    for cases, which in _pieces(batch, length, count):
+    for cases, which in itertools.product(_cut(batch, long), _cut(count, long)):
         gradients = _return(
             xz[cases],
             directions.part(which),
@@ -348,20 +350,12 @@ def mix_backward(
         if before is not gradients:
             gradients = [a + b for a, b in zip(before, gradients, strict=True)]
         found[which.start] = gradients
-    if batch * length >= _LONG:
+    if long >= _LONG:
         xz[..., :channels] = grad_x
     kinds = zip(*found.values(), strict=True)
     of_flat = torch.cat([x.reshape(-1) for kind in kinds for x in kind])
     of_in_proj = _flat_rows(xz).mT @ _flat_rows(tokens)
     return [xz @ in_proj, of_in_proj, of_out_proj, of_flat]
-
-
-def _pieces(batch: int, length: int, count: int) -> list[tuple[slice, slice]]:
-    """(cases, directions) that are gone back through at a time."""
-    if batch * length < _LONG:
-        return [(slice(0, batch), slice(0, count))]
-    ways = _cut(slice(0, count))
-    return [(case, way) for case in _cut(slice(0, batch)) for way in ways]
 
 
 def _flat_rows(x: Tensor) -> Tensor:
