@@ -14,7 +14,6 @@ from segmamba.devices import (
     available_devices,
     precision_for,
     resolve_device,
-    searched_convolutions,
 )
 from segmamba.errors import BackendUnavailableError, ConfigError
 
@@ -89,19 +88,6 @@ def test_peak_memory_is_the_most_that_was_ever_held():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["True", "True"]
-
-
-def test_searching_for_convolutions_ends_with_its_block():
-    before = torch.backends.cudnn.benchmark
-
-    def fail() -> None:
-        with searched_convolutions():
-            assert torch.backends.cudnn.benchmark
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert torch.backends.cudnn.benchmark == before
 
 
 def test_numbers_arrive():

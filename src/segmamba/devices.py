@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
@@ -106,18 +105,6 @@ def autocast(
     if chosen == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[chosen])
-
-
-@contextlib.contextmanager
-def searched_convolutions() -> Iterator[None]:
-    """Let cuDNN try its algorithms out: seconds that pay where shapes recur often."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
 
 
 class Arriving:

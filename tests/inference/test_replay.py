@@ -64,6 +64,7 @@ def test_the_second_pass_is_recorded_and_the_rest_replayed(made):
     assert found == [0, 6, 12, 18, 24]
     assert network.passes == 1
     assert made == [(3,)]
+    assert not Replayed(network).has_record
 
 
 def test_another_shape_and_other_weights_make_a_new_record(made):
@@ -154,7 +155,7 @@ def test_a_gpus_replay_gives_the_networks_logits(precision):
     expected = sliding_window_logits(network, image, (32, 32, 32), **options)
     for _ in range(2):
         found = sliding_window_logits(replayed, image, (32, 32, 32), **options)
-        assert replayed._recording is not None
+        assert replayed.has_record
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -174,7 +175,7 @@ def test_a_network_that_looks_at_numbers_falls_back_and_the_gpu_goes_on():
     replayed = Replayed(Looking().cuda().eval())
     stream = torch.cuda.current_stream()
     assert answers(replayed, *[torch.ones(3, device="cuda")] * 4) == [6, 6, 6, 6]
-    assert replayed._refused
+    assert not replayed.has_record
     assert torch.cuda.current_stream() == stream
     numbers = torch.randn(10**6, device="cuda").double().square().mean()
     assert float(numbers) == pytest.approx(1, abs=0.01)

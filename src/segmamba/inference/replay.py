@@ -85,6 +85,11 @@ class Replayed:
                 return self.network(batch)
             return self._recording.replay(batch)
 
+    @property
+    def has_record(self) -> bool:
+        """Whether passes are replayed by now."""
+        return self._recording is not None
+
     def forget(self) -> None:
         """Give the memory of the record back."""
         with self._lock:

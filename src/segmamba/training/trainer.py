@@ -21,7 +21,6 @@ from segmamba.devices import (
     peak_memory_mib,
     precision_for,
     resolve_device,
-    searched_convolutions,
 )
 from segmamba.errors import TrainingError
 from segmamba.ops.backends import warn_if_slow
@@ -175,7 +174,6 @@ class Trainer:
         stop = total_steps(self.config)
         with (
             self._interrupt.watching(),
-            searched_convolutions(),
             RunLogger(
                 self.folder.path,
                 first_epoch=self.state.epoch,
