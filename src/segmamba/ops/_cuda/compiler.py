@@ -59,9 +59,10 @@ def _module(
     file: str, index: int, constants: tuple[tuple[str, int | str], ...]
 ) -> driver.Module:
     major, minor = torch.cuda.get_device_capability(index)
+    # Hopper's own instructions, which "a" allows, run on no other GPU. CUDA 12 knows it.
+    own = "a" if major == 9 and nvrtc.version() >= (12, 0) else ""
     options = (
-        # Hopper's own instructions, which "a" allows, run on no other GPU.
-        f"--gpu-architecture=sm_{major}{minor}" + ("a" if major == 9 else ""),
+        f"--gpu-architecture=sm_{major}{minor}{own}",
         "--std=c++17",
         *(f"-D{name}={value}" for name, value in constants),
     )
