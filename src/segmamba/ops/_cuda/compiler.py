@@ -59,7 +59,7 @@ def _module(
     file: str, index: int, constants: tuple[tuple[str, int | str], ...]
 ) -> driver.Module:
     major, minor = torch.cuda.get_device_capability(index)
-    # Hopper's own instructions, which "a" allows, run on no other GPU. CUDA 12 knows it.
+    # Hopper's own instructions, which "a" allows, run on no other GPU; CUDA 12 has it.
     own = "a" if major == 9 and nvrtc.version() >= (12, 0) else ""
     options = (
         f"--gpu-architecture=sm_{major}{minor}{own}",
