@@ -41,7 +41,7 @@ CASES, QUICK_CASES = 8, 2
 BATCH = 2
 SIDE, QUICK_SIDE = 128, 16
 
-EPOCH, QUICK_EPOCH = 30, 3
+EPOCH, QUICK_EPOCH = 20, 3
 """Steps of an epoch. The first epoch warms up; in the last one's second half, when
 what was prepared ahead is used up, a profiler looks on."""
 
