@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from segmamba.training.prefetch import AHEAD, Prefetcher
+from segmamba.training.prefetch import SPARE, Prefetcher
 
 
 def threads() -> list[threading.Thread]:
@@ -32,8 +32,8 @@ def test_no_more_is_prepared_than_the_bound():
     with Prefetcher(made.append, 0, None, workers=2) as batches:
         next(batches)
         time.sleep(0.2)
-        assert sorted(made)[-1] == 2 * AHEAD
-        assert len(made) == 2 * AHEAD + 1
+        assert sorted(made)[-1] == 2 + SPARE
+        assert len(made) == 2 + SPARE + 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

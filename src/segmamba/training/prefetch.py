@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-AHEAD = 2
-"""Batches that each thread prepares ahead at most."""
+SPARE = 1
+"""Batches that may wait beside one for each thread: they take a GPU's memory."""
 
 
 class Prefetcher(Generic[T]):
@@ -37,7 +37,7 @@ class Prefetcher(Generic[T]):
         self._make = make
         self._next_step = first_step
         self._stop_step = stop_step
-        self._size = workers * AHEAD
+        self._size = workers + SPARE if workers else 0
         self._queue: deque[Future[T]] = deque()
         self._waited_s = 0.0
         self._pool = (
