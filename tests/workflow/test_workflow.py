@@ -152,3 +152,28 @@ def test_durations() -> None:
     assert parse_duration("90s") == 90
     assert parse_duration("45") == 45
     assert parse_duration(None) is None
+
+
+def test_the_curve_is_drawn_now_and_then_and_at_the_end(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing takes longer than a short epoch on a GPU."""
+    lines: list[int] = []
+
+    def draw(log: Path, output: Path) -> None:
+        assert output == log.with_name("curve.png")
+        lines.append(len(log.read_text().splitlines()))
+
+    monkeypatch.setattr("segmamba.workflow.fold.training_curve", draw)
+    settings = project / "settings.yaml"
+    workflow.train(
+        project / "data",
+        tmp_path / "run",
+        config=settings,
+        max_epochs=5,
+        fold="all",
+        device="cpu",
+    )
+    assert lines[0] == 1
+    assert lines[-1] == 5
+    assert len(lines) < 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,9 @@ from segmamba.workflow.training_record import (
     training_facts,
 )
 from segmamba.workflow.validation import final_validation, quick_validation
+
+CURVE_EVERY_S = 20.0
+"""Seconds between pictures of the log: a picture takes up to half a second."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class FoldTraining:
                 f"{trainer.folder.path}"
             )
             result = _fit(trainer, record, resume)
+            if result.log_path.exists():
+                _draw_curve(result.log_path)
             if result.note:
                 say(result.note)
             scores = self._scores()
@@ -179,6 +186,7 @@ class FoldTraining:
         record = TrainingRecord(folder / NAME, session, training_facts(self), trainer)
         keep = snapshot_keeper(trainer, self.config.snapshots)
         show = self.progress and _display(self.progress)
+        drawn = -math.inf
         settings = settings_again(self.plan, self.config)
 
         def on_progress(state: TrainingProgress) -> None:
@@ -187,8 +195,11 @@ class FoldTraining:
                 show(state)
 
         def on_epoch(log: Path) -> None:
+            nonlocal drawn
             keep(log)
-            training_curve(log, folder / "curve.png")
+            if time.monotonic() - drawn >= CURVE_EVERY_S:
+                _draw_curve(log)
+                drawn = time.monotonic()
             write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False))
             record.write()
 
@@ -246,6 +257,10 @@ def _fit(trainer: Trainer, record: TrainingRecord, resume: bool) -> TrainResult:
         with contextlib.suppress(OSError):  # the disk may be full
             record.write(f"stopped: {error}")
         raise
+
+
+def _draw_curve(log: Path) -> None:
+    training_curve(log, log.with_name("curve.png"))
 
 
 def _display(progress: Progress) -> Callable[[TrainingProgress], None]:
