@@ -41,6 +41,8 @@ class Feed:
         stop_step: int | None = None,
         workers: int | None = None,
     ) -> None:
+        if device.type == "cuda" and device.index is None:  # threads have their own
+            device = torch.device("cuda", torch.cuda.current_device())
         self._make_batch, self._device = make_batch, device
         self._own = threading.local()
         if workers is None:
