@@ -83,6 +83,8 @@ class Feed:
         if not hasattr(self._own, "stream"):
             # Its few small kernels go first: training waits for none of them long.
             self._own.stream = torch.cuda.Stream(self._device, priority=-1)
+            # What a batch is made from may have been put on the GPU just before.
+            self._own.stream.wait_stream(torch.cuda.default_stream(self._device))
         return self._own.stream
 
 
