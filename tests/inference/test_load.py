@@ -17,6 +17,7 @@ from segmamba.data.dataset import Dataset, dataset_to_dict
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
 from segmamba.errors import CheckpointError, FormatError
+from segmamba.inference import sliding_window_logits
 from segmamba.inference.load import load_model, trained_folds
 from segmamba.nn import create_network
 
@@ -144,12 +145,13 @@ def test_several_half_trained_folds_are_no_ensemble(run):
 def test_folds_are_averaged(run):
     save_fold(run, "0", seed=1)
     save_fold(run, "1", seed=2)
-    options = {"mirror": False, "precision": "fp32"}
+    models = [load_model(run, "cpu", folds) for folds in (0, 1, None)]
+    image = torch.from_numpy(scan()[None])
     logits = [
-        load_model(run, "cpu", folds, **options)._logits(
-            torch.from_numpy(scan()[None]), "scan", None
+        sliding_window_logits(
+            model.networks, image, model.plan.patch_size, precision="fp32"
         )
-        for folds in (0, 1, None)
+        for model in models
     ]
     torch.testing.assert_close(
         logits[2], (logits[0] + logits[1]) / 2, atol=1e-5, rtol=1e-4

@@ -35,7 +35,8 @@ def test_slabs_are_the_logits_to_the_bit(size, overlap, batch_size):
         found = torch.full_like(expected, torch.nan)
         for start, stop in itertools.pairwise(cuts):
             ends = [0]
-            for part, slab in window.slabs(image, slice(start, stop)):
+            rows = slice(start, stop)
+            for part, slab in window.slabs(image, rows, rows):
                 found[:, part, start:stop] = slab
                 assert part.start == ends[-1]
                 ends.append(part.stop)
@@ -52,7 +53,8 @@ def test_a_box_as_deep_as_a_window_is_all_that_is_held(monkeypatch):
         held.append(tuple(self._total.shape))
 
     monkeypatch.setattr(Sums, "add", watched)
-    for _ in seen().slabs(torch.zeros(1, 40, 30, 7), slice(10, 20)):
+    rows = slice(10, 20)
+    for _ in seen().slabs(torch.zeros(1, 40, 30, 7), rows, rows):
         pass
     assert set(held) == {(3, 4, 10, 7)}
 
@@ -65,5 +67,11 @@ def test_weights_that_are_announced_add_up_to_one():
         assert weights.shape[1:] == (4, 6, 5)
         total.add_(weights.sum())
 
-    seen(on_windows=note, batch_size=3).logits(image, "a")
+    window = seen(on_windows=note, batch_size=3)
+    window.logits(image, "a")
+    assert total.item() == pytest.approx(9 * 4 * 13, rel=1e-5)
+    total.zero_()
+    for start, stop in ((0, 1), (1, 4)):  # neighbours may share rows
+        rows = slice(max(start - 1, 0), stop)
+        assert list(window.slabs(image, rows, slice(start, stop)))
     assert total.item() == pytest.approx(9 * 4 * 13, rel=1e-5)

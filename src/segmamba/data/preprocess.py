@@ -176,12 +176,16 @@ def restore_pieces(
     Returns:
         Integers (I, J, K), and the probabilities as `restore_label_map` gives them,
         or None.
+
+    Raises:
+        GeometryError: The logits haven't the scheme's channels.
     """
     dtype = scheme.decode(np.zeros((scheme.num_outputs, 1), np.float32)).dtype
     label_map = np.zeros(geometry.original_shape, dtype)
     target = geometry.orient(label_map)[geometry.crop_slices]
     probabilities = _outside_probabilities(geometry, scheme, return_probabilities)
     for part, rows, piece in pieces:
+        _check_outputs(piece, scheme)
         target[part, rows] = _decode(piece, scheme)
         if probabilities is not None:
             inner = geometry.orient(probabilities)[(slice(None), *geometry.crop_slices)]
@@ -323,5 +327,16 @@ def _check_logits(
                 "logits don't fit the scan",
                 expected=expected,
                 found=tuple(logits.shape),
+            )
+        )
+
+
+def _check_outputs(piece: torch.Tensor, scheme: LabelScheme) -> None:
+    if len(piece) != scheme.num_outputs:
+        raise GeometryError(
+            describe(
+                "logits don't fit the labels",
+                expected=f"{scheme.num_outputs} outputs",
+                found=len(piece),
             )
         )

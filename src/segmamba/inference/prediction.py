@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 
 from segmamba.errors import ConfigError, describe
+from segmamba.inference.uncertainty import MAPS, Uncertainty
 from segmamba.io import Volume, write_label_map, write_volume
 from segmamba.types import Array, FloatArray, Spacing3
 
@@ -27,6 +28,8 @@ class Prediction:
     """The network's outputs: regions, or classes with the background first."""
     source: Path | None = None
     """The scan's (first) file."""
+    uncertainty: Uncertainty | None = None
+    """How sure it is, if asked for; before any post-processing."""
 
     @property
     def spacing_mm(self) -> Spacing3:
@@ -67,7 +70,35 @@ class Prediction:
                     remedy="Predict with probabilities=True.",
                 )
             )
+        return self._save_map(path, self.probabilities)
+
+    def save_uncertainty(self, path: str | Path, kind: str) -> Path:
+        """Write one map of uncertainty atomically.
+
+        Args:
+            path: Such as case_entropy.nii.gz.
+            kind: "entropy", "mutual_information" or "confidence".
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: The prediction was made without uncertainty, or there is no
+                such map.
+        """
+        if self.uncertainty is None or kind not in MAPS:
+            raise ConfigError(
+                describe(
+                    "there is no such map of uncertainty to save",
+                    expected=", ".join(MAPS),
+                    found=kind,
+                    remedy="Predict with uncertainty=True.",
+                )
+            )
+        return self._save_map(path, getattr(self.uncertainty, kind)[None])
+
+    def _save_map(self, path: str | Path, maps: Array) -> Path:
         path = Path(path)
         # No format of ours has 16-bit floats.
-        write_volume(path, Volume(self.probabilities.astype(np.float32), self.affine))
+        write_volume(path, Volume(maps.astype(np.float32), self.affine))
         return path

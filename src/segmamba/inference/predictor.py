@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from segmamba.config import to_dict
-from segmamba.data.geometry import Geometry
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import Plan
-from segmamba.data.preprocess import preprocess_image, restore_label_map
+from segmamba.data.preprocess import preprocess_image
 from segmamba.devices import (
     Precision,
     describe_out_of_memory,
@@ -26,31 +21,18 @@ from segmamba.devices import (
     precision_for,
     resolve_device,
 )
-from segmamba.errors import (
-    BackendUnavailableError,
-    ConfigError,
-    FormatError,
-    GeometryError,
-    describe,
-)
+from segmamba.errors import BackendUnavailableError, ConfigError, describe
+from segmamba.inference.open_scan import Scan, open_scan
 from segmamba.inference.postprocessing import (
     PostprocessingStep,
     apply_postprocessing,
 )
 from segmamba.inference.prediction import Prediction
 from segmamba.inference.replay import Replays
-from segmamba.inference.sliding_window import Progress, sliding_window_logits
-from segmamba.io import Volume, read_case
+from segmamba.inference.segment import Request, segment
+from segmamba.inference.sliding_window import Progress
 from segmamba.ops.backends import warn_if_slow
-from segmamba.types import Array, FloatArray, JsonDict
-
-Scan: TypeAlias = "Volume | str | Path | Sequence[str | Path] | Array | torch.Tensor"
-"""A volume; a file; one file per channel; or voxels (C, I, J, K) or (I, J, K)."""
-
-GPU_SHARE = 0.5
-"""Share of a GPU's free memory that image and sums of the logits may take."""
-
-_log = logging.getLogger(__name__)
+from segmamba.types import FloatArray, JsonDict
 
 
 class Predictor:
@@ -71,6 +53,8 @@ class Predictor:
         accumulate_device: str | torch.device | None = None,
         accumulate_dtype: torch.dtype = torch.float32,
         postprocessing: Sequence[PostprocessingStep] = (),
+        whole_volume: bool = False,
+        snapshots: Sequence[Callable[..., Any]] = (),
         identity: JsonDict | None = None,
     ) -> None:
         """Put the networks on the device, ready to predict.
@@ -93,6 +77,8 @@ class Predictor:
                 CPU where a GPU's memory is short.
             accumulate_dtype: Type of the sums: float32, or float16 to save memory.
             postprocessing: What is done to every label map; probabilities stay.
+            whole_volume: Show the networks the whole scan at once, not windows.
+            snapshots: More networks, which only count as samples of uncertainty.
             identity: What tells this model from others, for the record of a folder
                 of predictions.
 
@@ -106,6 +92,8 @@ class Predictor:
         self.precision: Precision = precision_for(self.device, precision)
         group = [networks] if callable(networks) else list(networks)
         self.networks = [self._ready(network) for network in group]
+        self.snapshots = [self._ready(network) for network in snapshots]
+        self.whole_volume = whole_volume
         self._replays = Replays()
         self.plan, self.channels, self.scheme = plan, tuple(channels), scheme
         self.overlap, self.batch_size = overlap, batch_size
@@ -130,6 +118,8 @@ class Predictor:
             "overlap": self.overlap,
             "mirror_axes": list(self.mirror_axes),
         }
+        if self.whole_volume:
+            options["whole_volume"] = True
         if self.postprocessing:
             options["postprocessing"] = list(map(to_dict, self.postprocessing))
         return options
@@ -140,14 +130,17 @@ class Predictor:
         *,
         affine: FloatArray | None = None,
         probabilities: bool = False,
+        uncertainty: bool = False,
         case: str | None = None,
         progress: Progress | None = None,
     ) -> Prediction:
         """Segment a scan.
 
         Beside the scan, its preprocessed form (float32) and the label map, memory is
-        what `sliding_window.memory_bound_mib` gives and the networks' own; with
-        probabilities also float16 for each output at full size.
+        what `sliding_window.memory_bound_mib` gives and the networks' own, where the
+        sums count `attempts.SUMS_BYTES` at most on a CPU; with probabilities also
+        float16 for each output at full size. If memory runs out, less is tried, which
+        is logged: fewer windows at once, sums on the CPU, slab by slab.
 
         Args:
             scan: A Volume; a file; one file per channel in the order of `channels`;
@@ -155,6 +148,8 @@ class Predictor:
             affine: For voxels: (4, 4), voxel index to RAS+ mm. Left out, axes are
                 taken to run to the right, front and top at 1 mm, which is logged.
             probabilities: Give softmax or sigmoid maps too.
+            uncertainty: Say how sure the prediction is, over mirrorings, folds and
+                snapshots. Takes twice the memory for the sums.
             case: What errors and progress call the scan; None takes its file's name.
             progress: Called with windows done, their number, and the case.
 
@@ -169,15 +164,22 @@ class Predictor:
             BackendUnavailableError: The device's memory is too small.
         """
         try:
-            volume = self._open(scan, affine)
+            volume = open_scan(scan, affine, self.channels)
             case = case or (volume.path.name if volume.path else "the scan")
             image, geometry = preprocess_image(volume, self.plan)
             source, scan_affine = volume.path, np.asarray(volume.affine, np.float64)
             del volume  # its voxels are no longer needed; the windows want the memory
-            logits = self._logits(torch.from_numpy(image), case, progress)
-            label_map, maps = self._restore(logits, geometry, probabilities)
-            del logits
-            found = Prediction(label_map, scan_affine, maps, self.names, source)
+            wanted = Request(
+                *(torch.from_numpy(image), geometry, case),
+                *(probabilities, uncertainty, progress),
+            )
+            del image
+            found = Prediction(
+                **vars(segment(self, wanted)),
+                affine=scan_affine,
+                names=self.names,
+                source=source,
+            )
             return self._postprocessed(found)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -186,62 +188,15 @@ class Predictor:
 
     __call__ = predict
 
-    def _open(self, scan: Scan, affine: FloatArray | None) -> Volume:
-        if not isinstance(scan, (Volume, str, Path, Sequence)):
-            volume = _volume_of_voxels(scan, affine)
-        elif affine is not None:
-            raise ConfigError(
-                describe("an affine is for voxels; a file or volume has its own")
-            )
-        else:
-            volume = scan if isinstance(scan, Volume) else self._read(scan)
-        if len(volume.array) != len(self.channels):
-            raise ConfigError(self._wrong_channels(len(volume.array), volume.path))
-        return volume
+    def launcher(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """Give what launches a network fastest on the device."""
+        return self._replays.launcher(network, self.device)
 
-    def _read(self, scan: str | Path | Sequence[str | Path]) -> Volume:
-        files = [scan] if isinstance(scan, (str, Path)) else list(scan)
-        paths = [Path(file) for file in files]
-        if len(paths) not in (1, len(self.channels)):
-            raise ConfigError(
-                self._wrong_channels(len(paths), paths[0] if paths else None)
-            )
-        folder = next((path for path in paths if path.is_dir()), None)
-        if folder is not None:
-            raise FormatError(
-                describe(
-                    "a folder is not a scan",
-                    expected="a file, or one file per channel",
-                    file=folder,
-                    remedy="Use find_cases and predict_cases for folders.",
-                )
-            )
-        return read_case(paths)
-
-    def _wrong_channels(self, found: int, file: Path | None) -> str:
-        names = ", ".join(self.channels)
-        count = len(self.channels)
-        return describe(
-            "the scan's channels don't fit the model",
-            expected=f"{count} channel{'s' if count > 1 else ''} ({names})",
-            found=found,
-            file=file,
-            remedy="Give one file per channel in this order.",
-        )
-
-    def _logits(
-        self, image: torch.Tensor, case: str, progress: Progress | None
-    ) -> torch.Tensor:
-        target = self._accumulate_on(image)
-        try:
-            # An image beside the sums spares a copy for each window.
-            return self._windows(image.to(target), target, case, progress)
-        except torch.OutOfMemoryError:
-            if target.type == "cpu":
-                raise
-            self._replays.forget()
+    def free_memory(self) -> None:
+        """Give back what is kept from scan to scan."""
+        self._replays.forget()
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            return self._windows(image, torch.device("cpu"), case, progress)
 
     def _too_little_memory(
         self, case: str, error: BaseException
@@ -262,49 +217,6 @@ class Predictor:
                 remedy=f"{', '.join(remedies)}.".capitalize(),
             )
         )
-
-    def _windows(
-        self,
-        image: torch.Tensor,
-        target: torch.device,
-        case: str,
-        progress: Progress | None,
-    ) -> torch.Tensor:
-        with _evaluating(self.networks):
-            return sliding_window_logits(
-                [self._replays.launcher(item, self.device) for item in self.networks],
-                image,
-                self.plan.patch_size,
-                overlap=self.overlap,
-                mirror_axes=self.mirror_axes,
-                batch_size=self.batch_size,
-                device=self.device,
-                accumulate_device=target,
-                accumulate_dtype=self.accumulate_dtype,
-                precision=self.precision,
-                case=case,
-                progress=progress,
-            )
-
-    def _accumulate_on(self, image: torch.Tensor) -> torch.device:
-        if self.accumulate_device is not None:
-            return resolve_device(self.accumulate_device)
-        if self.device.type != "cuda":
-            return self.device
-        voxels = math.prod(image.shape[1:])
-        wanted = self.scheme.num_outputs * voxels * self.accumulate_dtype.itemsize
-        wanted += image.nbytes
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return self.device if wanted < GPU_SHARE * free else torch.device("cpu")
-
-    def _restore(
-        self, logits: torch.Tensor, geometry: Geometry, probabilities: bool
-    ) -> tuple[Array, Array | None]:
-        if probabilities:
-            return restore_label_map(
-                logits, geometry, self.scheme, return_probabilities=True
-            )
-        return restore_label_map(logits, geometry, self.scheme), None
 
     def _postprocessed(self, found: Prediction) -> Prediction:
         if not self.postprocessing:
@@ -339,25 +251,6 @@ def _check(
         )
 
 
-@contextlib.contextmanager
-def _evaluating(networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Switch to evaluation and back: a network may be in the middle of training."""
-    modules = [
-        module
-        for network in networks
-        if isinstance(network, nn.Module)
-        for module in network.modules()
-    ]
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
 def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:
     if isinstance(mirror, bool):
         return (0, 1, 2) if mirror else ()
@@ -366,33 +259,3 @@ def _mirror_axes(mirror: bool | Sequence[int]) -> tuple[int, ...]:
             describe("bad mirror axes", expected="some of 0, 1, 2", found=mirror)
         )
     return tuple(sorted(set(mirror)))
-
-
-def _volume_of_voxels(voxels: Any, affine: FloatArray | None) -> Volume:
-    array = voxels
-    if isinstance(voxels, torch.Tensor):
-        tensor = voxels.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ConfigError(
-            describe(
-                "not a scan",
-                expected="a path, paths, a Volume, or an array of real numbers",
-                found=getattr(array, "dtype", type(array).__name__),
-            )
-        )
-    if array.ndim not in (3, 4):
-        raise GeometryError(
-            describe(
-                "bad scan shape",
-                expected="(C, I, J, K), or (I, J, K) for one channel",
-                found=array.shape,
-            )
-        )
-    if affine is None:
-        _log.warning(
-            "voxels without an affine: axes are taken to run to the right, front and "
-            "top, 1 mm a voxel"
-        )
-        affine = np.eye(4)
-    return Volume(array if array.ndim == 4 else array[None], np.asarray(affine))

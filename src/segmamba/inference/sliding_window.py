@@ -110,13 +110,14 @@ class SlidingWindow:
     ) -> torch.Tensor:
         """Give the logits of a whole image (K, D, H, W)."""
         whole = slice(0, image.shape[2])
-        slabs = self._slabs(image, whole, image.shape[1], case, progress)
+        slabs = self._slabs(image, whole, whole, image.shape[1], case, progress)
         return next(iter(slabs))[1].contiguous()
 
     def slabs(
         self,
         image: torch.Tensor,
         rows: slice,
+        counted: slice,
         case: str = "the image",
         progress: Progress | None = None,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -128,6 +129,7 @@ class SlidingWindow:
         Args:
             image: (C, D, H, W).
             rows: Range along H.
+            counted: Range along H for `on_windows`; weights outside of it are 0.
             case: Named in errors and progress.
             progress: Called with windows done and their number.
 
@@ -135,13 +137,14 @@ class SlidingWindow:
             A range along D, and its logits (K, length, rows, W), valid until the next.
         """
         depth = min(image.shape[1], self.patch_size[0])
-        return self._slabs(image, rows, depth, case, progress)
+        return self._slabs(image, rows, counted, depth, case, progress)
 
     @torch.inference_mode()
     def _slabs(
         self,
         image: torch.Tensor,
         rows: slice,
+        counted: slice,
         depth: int,
         case: str,
         progress: Progress | None,
@@ -156,7 +159,7 @@ class SlidingWindow:
         ends = [*layout.axes[0].starts[1:], image.shape[1]]
         for index, group in groups:
             for count, chunk in chunks(group, self.batch_size):
-                self._announce(layout, chunk)
+                self._announce(layout, chunk, counted)
                 batch = torch.stack([layout.cut(image, window) for window in chunk])
                 sums.add(chunk, run(batch))
                 if progress is not None:
@@ -176,9 +179,12 @@ class SlidingWindow:
         flips = combinations(self.mirror_axes)
         return _Run(self.networks, flips, self.device, chosen, case)
 
-    def _announce(self, layout: Layout, windows: Sequence[Window]) -> None:
+    def _announce(
+        self, layout: Layout, windows: Sequence[Window], counted: slice
+    ) -> None:
         if self.on_windows is not None:
-            self.on_windows(torch.stack([layout.padded_shares(w) for w in windows]))
+            shares = [layout.padded_shares(window, counted) for window in windows]
+            self.on_windows(torch.stack(shares))
 
 
 def memory_bound_mib(

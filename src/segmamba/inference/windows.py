@@ -179,10 +179,13 @@ class Layout:
         d, h, w = (axis.shares[i] for axis, i in pairs)
         return d[:, None, None] * h[:, None] * w
 
-    def padded_shares(self, window: Window) -> torch.Tensor:
-        """Give the same for a whole window, zero where it is padded."""
+    def padded_shares(self, window: Window, rows: slice) -> torch.Tensor:
+        """Give the same for a whole window, 0 where it is padded or outside `rows`."""
+        shares, first = self.shares(window), self.axes[1].starts[window[1]]
+        shares[:, : max(rows.start - first, 0)] = 0
+        shares[:, max(rows.stop - first, 0) :] = 0
         padding = [n for axis in reversed(self.axes) for n in (axis.before, axis.after)]
-        return F.pad(self.shares(window), padding)
+        return F.pad(shares, padding)
 
 
 @dataclass
