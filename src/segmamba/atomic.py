@@ -79,8 +79,9 @@ def read_json(path: Path | str) -> Any:
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
     except (OSError, ValueError, RecursionError) as error:
+        found = getattr(error, "strerror", None) or error
         raise FormatError(
-            describe("can't read a JSON file", found=str(error), file=path)
+            describe("can't read a JSON file", found=found, file=path)
         ) from error
 
 

@@ -255,7 +255,8 @@ def load_published_file(path: Path | str) -> dict[str, Any]:
 
 
 def _first_line(reason: object) -> str:
-    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+    text = getattr(reason, "strerror", None) or str(reason)
+    return (text.strip().splitlines() or [type(reason).__name__])[0].split(". ")[0]
 
 
 def update_model(path: Path | str, **changes: Any) -> None:

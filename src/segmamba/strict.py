@@ -158,10 +158,13 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _text(error: Exception) -> str:
-    """Give an error's text in one line; a stack that is too deep has none."""
+    """Say in one line what is wrong with a file of settings, and where in it."""
     if isinstance(error, RecursionError):
         return "values that are nested too deeply"
-    return " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def _unknown_key(key: str, names: list[str], source: str) -> str:

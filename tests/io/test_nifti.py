@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segmamba.errors import FormatError, GeometryError
-from segmamba.io import read_header, read_volume
+from segmamba.io import inflation, read_header, read_volume
 
 DTYPES = ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
 
@@ -185,7 +185,7 @@ def test_voxels_that_are_no_numbers_are_refused(tmp_path: Path, dtype) -> None:
         (280, "<8f", (1, 2, 3, 0, 2, 4, 6, 0), GeometryError, "singular"),
         (42, "<h", (0,), FormatError, "at least one voxel"),
         (42, "<h", (-3,), FormatError, "at least one voxel"),
-        (70, "<h", (9999,), FormatError, "valid NIfTI header"),
+        (70, "<h", (9999,), FormatError, "unknown type 9999"),
         (108, "<f", (float("nan"),), FormatError, "vox_offset"),
         (108, "<f", (1e9,), FormatError, "truncated"),
         (112, "<ff", (2.0, float("nan")), FormatError, "scl_inter"),
@@ -298,3 +298,14 @@ def test_any_damage_gives_our_errors_only(tmp_path: Path) -> None:
             assert read_volume(path).array.ndim == 4
         except (FormatError, GeometryError) as error:
             assert str(path) in str(error)  # noqa: PT017
+
+
+def test_voxels_beyond_memory_are_refused_before_they_are_read(
+    cube: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inflation, "_memory_bytes", lambda: 471)
+    for reader in (read_header, read_volume):
+        with pytest.raises(FormatError, match="does not fit into memory"):
+            reader(cube)
+    monkeypatch.setattr(inflation, "_memory_bytes", lambda: 472)
+    assert read_volume(cube).shape == (3, 4, 5)

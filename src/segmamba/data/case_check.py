@@ -14,7 +14,7 @@ import numpy as np
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.layouts.label_values import count_values
 from segmamba.errors import GeometryError, SegMambaError
-from segmamba.io import Volume, describe_grid_difference, read_volume
+from segmamba.io import Volume, describe_grid_difference, read_header, read_volume
 from segmamba.io.formats import FakeFileError, TruncatedFileError
 from segmamba.types import Array, Spacing3
 
@@ -88,6 +88,9 @@ class CaseReader:
         volume, kind, text = try_reading(path, missing)
         if volume is None:
             self._add(path, kind, text)
+            return None
+        for note in read_header(path).notes:
+            self._add(path, "header-contradiction", note, "note")
         return volume
 
     def _check_image(self, path: Path) -> None:

@@ -278,9 +278,11 @@ def _build(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
         )
     try:
         network.load_state_dict(model.tensors)
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # shapes, a line each
+        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [error]
+        found = f"{first} {len(more)} more like this." if more else first
         raise CheckpointError(
-            describe("weights don't fit the network", found=error, file=path)
+            describe("weights don't fit the network", found=found, file=path)
         ) from error
     return network
 

@@ -187,7 +187,7 @@ def _members(
             data = read() if is_wanted else b""
             total += len(data)
             if total > MAX_ARCHIVE_BYTES:
-                raise _too_large(path, f"{MAX_ARCHIVE_BYTES >> 30} GiB unpacked")
+                raise _too_large(path, _size(MAX_ARCHIVE_BYTES))
             if data[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC:
                 yield DicomFile(path, name, len(data)), io.BytesIO(data)
 
@@ -197,6 +197,8 @@ Entry = tuple[str, bool, Callable[[], bytes]]
 
 def _zip_entries(path: Path, wanted: Callable[[str], bool]) -> Iterator[Entry]:
     with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > MAX_ARCHIVE_BYTES:
+            raise _too_large(path, _size(MAX_ARCHIVE_BYTES))
         for info in archive.infolist():
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
                 raise _unsafe(path, f"a link ({info.filename})")
@@ -214,7 +216,7 @@ def _tar_entries(path: Path, wanted: Callable[[str], bool]) -> Iterator[Entry]:
         for info in archive:
             claimed += info.size
             if claimed > MAX_ARCHIVE_BYTES:
-                raise _too_large(path, f"{MAX_ARCHIVE_BYTES >> 30} GiB unpacked")
+                raise _too_large(path, _size(MAX_ARCHIVE_BYTES))
             if not (info.isreg() or info.isdir()):
                 raise _unsafe(path, f"a link or device ({info.name})")
 
@@ -235,7 +237,7 @@ def _bounded(path: Path, stream: IO[bytes]) -> bytes:
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_FILE_BYTES:
-            raise _too_large(path, f"{MAX_FILE_BYTES >> 30} GiB for a file in it")
+            raise _too_large(path, f"{_size(MAX_FILE_BYTES)} for a file in it")
     return b"".join(parts)
 
 
@@ -256,6 +258,11 @@ def _unsafe(path: Path, found: str) -> FormatError:
             remedy="Pack the study anew, without links.",
         )
     )
+
+
+def _size(most: int) -> str:
+    whole = f"{most >> 30} GiB" if most >= 1 << 30 else f"{most >> 20} MiB"
+    return f"{whole} unpacked"
 
 
 def _too_large(path: Path, most: str) -> FormatError:

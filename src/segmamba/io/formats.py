@@ -130,17 +130,24 @@ def inflate_head(path: Path, data: bytes, size: int) -> bytes:
         FormatError: The stream is broken.
     """
     try:
-        return isal_zlib.decompressobj(wbits=31).decompress(data, size)
+        head = isal_zlib.decompressobj(wbits=31).decompress(data, size)
     except INFLATION_ERRORS as error:
-        raise TruncatedFileError(
-            describe(
-                "a gzip stream is broken",
-                expected="a whole .nii.gz",
-                found=str(error),
-                file=path,
-                remedy="Copy or download the file again.",
-            )
-        ) from error
+        raise _broken_gzip(path, str(error)) from error
+    if not head:
+        raise _broken_gzip(path, f"{len(data)} bytes that hold nothing")
+    return head
+
+
+def _broken_gzip(path: Path, found: str) -> TruncatedFileError:
+    return TruncatedFileError(
+        describe(
+            "a gzip stream is broken",
+            expected="a whole .nii.gz",
+            found=found,
+            file=path,
+            remedy="Copy or download the file again.",
+        )
+    )
 
 
 def detect_format(path: Path, head: bytes) -> Format:

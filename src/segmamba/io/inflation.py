@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from isal import isal_zlib
 
-from segmamba.errors import describe
-from segmamba.io.formats import GZIP_MAGIC, INFLATION_ERRORS, TruncatedFileError
+from segmamba.errors import FormatError, describe
+from segmamba.io.formats import (
+    GZIP_MAGIC,
+    INFLATION_ERRORS,
+    MAX_INFLATION,
+    TruncatedFileError,
+)
 
 GZIP = 31
 ZLIB = 15
@@ -48,6 +55,44 @@ def inflate(path: Path, data: bytes | memoryview, num_bytes: int) -> bytes:
     if missing > 0:
         raise too_short(path, num_bytes, num_bytes - missing)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def check_room(path: Path, found: int, wanted: int, compressed: bool) -> None:
+    """Refuse voxels that a file can't hold or memory can't take, before it is taken.
+
+    Args:
+        path: The file, for errors.
+        found: Bytes that are there for them.
+        wanted: Bytes that the header claims, decompressed.
+        compressed: Whether those that are there are deflate's.
+
+    Raises:
+        TruncatedFileError: The file is too small.
+        FormatError: This computer's memory is too small.
+    """
+    most = found * MAX_INFLATION if compressed else found
+    if most < wanted:
+        phrase = f"{found} compressed bytes" if compressed else found
+        raise too_short(path, wanted, phrase)
+    memory = _memory_bytes()
+    if wanted > memory:
+        raise FormatError(
+            describe(
+                "a scan does not fit into memory",
+                expected=f"at most {memory >> 30} GiB of voxels",
+                found=f"{wanted >> 30} GiB by its header",
+                file=path,
+                remedy="If the header is right, crop or resample the scan first.",
+            )
+        )
+
+
+def _memory_bytes() -> int:
+    """Give this computer's memory, or no bound where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # such as Windows
+        return sys.maxsize
 
 
 def too_short(path: Path, expected: int, found: object) -> TruncatedFileError:

@@ -140,7 +140,7 @@ def _affine(path: Path, fields: dict[str, str], num_axes: int) -> FloatArray:
     spacing = np.array(numbers(_first(fields, _SPACINGS, ones)))
     origin = np.array(numbers(_first(fields, _ORIGINS, zeros)))
     if (matrix.size, spacing.size, origin.size) != (num_axes**2, num_axes, num_axes):
-        raise ValueError("numbers of TransformMatrix, ElementSpacing or Offset")
+        raise ValueError("too few numbers of TransformMatrix, ElementSpacing or Offset")
     affine = np.eye(4)
     sizes = checked_sizes(spacing[:3], path)
     affine[:3, :3] = matrix.reshape(num_axes, num_axes)[:3, :3].T * sizes

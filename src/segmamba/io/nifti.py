@@ -13,17 +13,13 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from segmamba.errors import FormatError, SegMambaError, describe
-from segmamba.io.formats import (
-    GZIP_MAGIC,
-    MAX_INFLATION,
-    TruncatedFileError,
-)
+from segmamba.io.formats import GZIP_MAGIC, TruncatedFileError
 from segmamba.io.geometry import (
     checked_affine,
     checked_sizes,
     describe_grid_difference,
 )
-from segmamba.io.inflation import inflate, too_short
+from segmamba.io.inflation import check_room, inflate
 from segmamba.types import Array, FloatArray, Size3
 
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
@@ -74,13 +70,11 @@ def parse_nifti_header(path: Path, head: bytes) -> NiftiHeader:
         GeometryError: The affine is not finite or singular.
     """
     raw = _raw_header(path, head)
+    dtype = _voxel_type(path, raw)
     try:
-        dtype = raw.get_data_dtype()
         shape = tuple(int(n) for n in raw.get_data_shape())
-    except (HeaderDataError, ValueError, KeyError) as error:
+    except (HeaderDataError, ValueError) as error:
         raise _bad_header(path, "a valid NIfTI header", str(error)) from error
-    if dtype.kind not in "iuf":
-        raise _bad_header(path, "integers or real numbers", f"{dtype} voxels")
     size, channels = _split_channels(path, shape)
     slope, intercept = _scaling(path, raw)
     affine = _affine(path, raw)
@@ -121,6 +115,17 @@ def _raw_header(path: Path, head: bytes) -> Nifti1Header:
     if not raw["magic"].tobytes().startswith(b"n+"):
         raise _bad_header(path, "header and voxels in one file", "an .hdr/.img pair")
     return raw
+
+
+def _voxel_type(path: Path, raw: Nifti1Header) -> np.dtype[Any]:
+    try:
+        dtype = raw.get_data_dtype()
+        found = f"{dtype} voxels"
+    except (HeaderDataError, KeyError):
+        dtype, found = None, f"voxels of the unknown type {int(raw['datatype'])}"
+    if dtype is None or dtype.kind not in "iuf":
+        raise _bad_header(path, "integers or real numbers", found)
+    return dtype
 
 
 def _bad_header(path: Path, expected: str, found: str) -> FormatError:
@@ -231,11 +236,10 @@ def read_nifti(path: Path, header: NiftiHeader) -> Array:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FormatError(
-            describe("can't read a scan", found=error.strerror, file=path)
-        ) from error
-    check_size(path, header)
-    if data[:2] == GZIP_MAGIC:
+        raise _cannot_read(path, error) from error
+    compressed = data[:2] == GZIP_MAGIC
+    check_room(path, len(data), header.num_bytes, compressed)
+    if compressed:
         data = inflate(path, data, header.num_bytes)
     count = math.prod(header.shape) * header.channels
     flat = np.frombuffer(data, header.dtype, count, header.offset)
@@ -243,21 +247,25 @@ def read_nifti(path: Path, header: NiftiHeader) -> Array:
 
 
 def check_size(path: Path, header: NiftiHeader) -> None:
-    """Refuse a file that can't hold what its header claims, before memory is taken.
+    """Refuse a file that can't hold what its header claims.
 
     Args:
         path: The file.
         header: Its header.
 
     Raises:
-        TruncatedFileError: It is too small.
+        FormatError: It is too small, has vanished, or claims more than memory holds.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        compressed = file.read(2) == GZIP_MAGIC
-    if not compressed:
-        if size < header.num_bytes:
-            raise too_short(path, header.num_bytes, size)
-        return
-    if size * MAX_INFLATION < header.num_bytes:
-        raise too_short(path, header.num_bytes, f"{size} compressed bytes")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            compressed = file.read(2) == GZIP_MAGIC
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    check_room(path, size, header.num_bytes, compressed)
+
+
+def _cannot_read(path: Path, error: OSError) -> FormatError:
+    return FormatError(
+        describe("can't read a scan", found=error.strerror or error, file=path)
+    )

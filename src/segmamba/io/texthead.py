@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from segmamba.errors import FormatError, SegMambaError, describe
-from segmamba.io.formats import GZIP_MAGIC, MAX_INFLATION
-from segmamba.io.inflation import inflate, too_short
+from segmamba.io.formats import GZIP_MAGIC
+from segmamba.io.inflation import check_room, inflate, too_short
 from segmamba.types import Array, FloatArray, Size3
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -101,17 +101,14 @@ def check_text_size(path: Path, header: TextHeader) -> None:
         header: Its header.
 
     Raises:
-        TruncatedFileError: It is too small.
-        FormatError: The file beside it that holds the voxels is missing.
+        FormatError: It is too small or claims more than memory holds, or the file
+            beside it that holds the voxels is missing.
     """
     try:
         found = header.voxels.stat().st_size - max(header.offset, 0)
     except OSError as error:
         raise _cannot_read(header.voxels, error) from error
-    most = found * MAX_INFLATION if header.compressed else found
-    if most < header.num_bytes:
-        phrase = f"{found} compressed bytes" if header.compressed else found
-        raise too_short(path, header.num_bytes, phrase)
+    check_room(path, found, header.num_bytes, header.compressed)
 
 
 def read_text_voxels(header: TextHeader) -> Array:
@@ -161,7 +158,8 @@ def parsing(path: Path, kind: str) -> Iterator[None]:
     except SegMambaError:
         raise
     except (KeyError, ValueError, IndexError, OverflowError) as error:
-        found = f"an unusable one ({type(error).__name__}: {error})"
+        word = error.args[0] if isinstance(error, KeyError) else ""
+        found = f"no, or an unknown, {word!r}" if word else f"this in it: {error}"
         raise bad_text_header(path, f"a valid {kind} header", found) from error
 
 

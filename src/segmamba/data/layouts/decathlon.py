@@ -172,13 +172,20 @@ def _test_case(item: Any, root: Path, channels: int, path: Path) -> Case:
 
 def _image_files(image: Path, channels: int) -> tuple[Path, ...]:
     """Give the listed file, or nnU-Net v1's one file per channel in its stead."""
-    if image.exists():
+    if _is_there(image):
         return (image,)
     stem = strip_suffix(image)
     for suffix in SCAN_SUFFIXES:
         numbered = [
             image.with_name(f"{stem}_{index:04d}{suffix}") for index in range(channels)
         ]
-        if any(file.exists() for file in numbered):
+        if any(map(_is_there, numbered)):
             return tuple(numbered)
     return (image,)
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # such as a name that is too long
+        return False
