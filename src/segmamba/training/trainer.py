@@ -33,6 +33,7 @@ from segmamba.training.lock import folder_lock
 from segmamba.training.logger import RunLogger, overall_score
 from segmamba.training.optimizer import build_optimizer, set_learning_rate
 from segmamba.training.outcome import Outcome, send
+from segmamba.training.replay import GradientReplay
 from segmamba.training.results import Pace, Progress, TrainResult
 from segmamba.training.schedule import learning_rate_at, progress_at, total_steps
 from segmamba.training.shallow_maps import avoid_depth_two
@@ -131,6 +132,9 @@ class Trainer:
         )
         # A GPU goes on while numbers arrive; only fp16's decide about the step.
         self._looks_late = self.device.type == "cuda" and self.precision != "fp16"
+        self._replay = GradientReplay(
+            self.network, self._gradients, wanted=self._looks_late
+        )
         self._unseen: Outcome | None = None
         self._loss: float | None = None
         self._interrupt = Interrupt()
@@ -220,14 +224,11 @@ class Trainer:
         learning_rate = learning_rate_at(self._progress(), config)
         set_learning_rate(self.optimizer, learning_rate)
         torch.manual_seed(config.seed + state.step)  # for networks that draw numbers
-        loss = self._forward(batch)
-        self._look()  # at the step before, if nobody has yet
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(
-            self.network.parameters(), config.clip_grad_norm or math.inf
-        )
+        if self._replay.takes(batch):
+            loss, norm = self._replay(batch)
+            self._look()  # at the step before, if nobody has yet
+        else:
+            loss, norm = self._gradients(batch)
         is_late = self._looks_late and self._loss is not None
         place = (state.step, batch, learning_rate, self.precision)
         self._unseen = Outcome(*place, is_late, send(loss, norm))
@@ -238,6 +239,20 @@ class Trainer:
         state.epoch_patches += len(batch.image)
         self._pace.patches += len(batch.image)
         self._report(learning_rate)
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Give loss and gradient norm; the network gets its gradients anew."""
+        loss = self._forward(batch)
+        if not self._is_recorded():
+            self._look()  # while the GPU has something to do
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.clip_grad_norm or math.inf
+        return loss.detach(), nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+
+    def _is_recorded(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _forward(self, batch: Batch) -> Tensor:
         with autocast(self.device, self.precision):
