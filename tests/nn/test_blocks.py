@@ -12,6 +12,7 @@ from segmamba.nn.blocks import (
     FloatOnCpuConvolution,
     PaperGatedSpatialConvolution,
     Stem,
+    UpBlock,
     feature_uncertainty,
 )
 from segmamba.nn.folding import folded_convolution as fold
@@ -93,3 +94,17 @@ def test_a_stem_on_a_gpu_gives_the_same(monkeypatch, depthwise):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     torch.testing.assert_close(stem(x), wanted)
     assert len(folds) == (not depthwise)
+
+
+@pytest.mark.parametrize("block", ["residual", "conv"])
+def test_a_skip_needs_no_joining(monkeypatch, block):
+    up = UpBlock(6, 4, block=block).double()
+    x = torch.randn(2, 6, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(2, 4, 4, 6, 8, dtype=torch.float64, requires_grad=True)
+    leaves, runs = (x, skip, *up.parameters()), []
+    grad = torch.randn_like(skip)
+    for parts in (False, True):
+        monkeypatch.setattr(blocks, "convolves_parts", lambda *_, p=parts: p)
+        y = up(x, skip)
+        runs.append((y, *torch.autograd.grad(y, leaves, grad)))
+    torch.testing.assert_close(*runs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from segmamba.nn.blocks import ResidualBlock
 from segmamba.training.shallow_maps import avoid_depth_two
 
 
@@ -35,3 +36,14 @@ def test_results_and_gradients_are_those_of_a_plain_convolution(size, precision)
             assert ours.grad is not None
             assert true.grad is not None
             assert (ours.grad - true.grad).norm() < tolerance * true.grad.norm()
+
+
+def test_blocks_of_one_or_two_inputs_are_guarded_too():
+    block = ResidualBlock(8, 4).double()
+    guarded = copy.deepcopy(block)
+    avoid_depth_two(guarded)
+    for depth in (2, 3):
+        first, second = torch.randn(2, 1, 4, depth, 3, 5, dtype=torch.float64)
+        expected = block(torch.cat((first, second), 1))
+        torch.testing.assert_close(guarded(torch.cat((first, second), 1)), expected)
+        torch.testing.assert_close(guarded(first, second), expected)

@@ -9,11 +9,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmamba.nn.folding import folded_convolution
-from segmamba.ops import instance_norm
+from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
+from segmamba.ops import conv3d, instance_norm
+from segmamba.ops.convolution3d import convolves_parts
 from segmamba.types import Size3
 
 FOLDED_CHANNELS = 8
 """Up to how many channels of an image GPUs fold a stem's stride into channels."""
+
+
+class Convolution(nn.Conv3d):
+    """A convolution of 3x3x3 voxels, without stride and bias.
+
+    Args:
+        in_channels: Channels of the input, or of both.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """Map (B, C, D, H, W), and perhaps (B, C', D, H, W), to (B, O, D, H, W)."""
+        return conv3d(input, self.weight, other)
+
+
+class Projection(nn.Conv3d):
+    """A convolution of single voxels, without bias.
+
+    Args:
+        in_channels: Channels of the input, or of both.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """Map (B, C, D, H, W), and perhaps (B, C', D, H, W), to (B, O, D, H, W)."""
+        if other is None:
+            return super().forward(input)
+        weight, size = self.weight.flatten(1), input.shape[2:]
+        first, second = weight.split([input.shape[1], other.shape[1]], dim=1)
+        rows = F.linear(volume_to_tokens(input), first)
+        others = volume_to_tokens(other).flatten(0, 1)
+        rows = torch.addmm(rows.flatten(0, 1), others, second.t())
+        return tokens_to_volume(
+            rows.unflatten(0, (input.shape[0], -1)), (size[0], size[1], size[2])
+        )
 
 
 class VoidBiasConvolution(nn.Conv3d):
@@ -25,6 +68,8 @@ class VoidBiasConvolution(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, in_channels, D, H, W) to (B, out_channels, d, h, w)."""
+        if self.kernel_size == (3, 3, 3):
+            return conv3d(input, self.weight)
         return self._conv_forward(input, self.weight, None)
 
 
@@ -56,18 +101,23 @@ class ResidualBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, project: bool = False
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv1 = Convolution(in_channels, out_channels)
+        self.conv2 = Convolution(out_channels, out_channels)
         self.conv3 = None
         if project or in_channels != out_channels:
-            self.conv3 = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+            self.conv3 = Projection(in_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
-        y = self.conv2(instance_norm(self.conv1(x), activation="leaky_relu"))
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W).
+
+        Args:
+            x: Features.
+            other: Features whose channels follow x's; not where the shortcut is x.
+        """
+        y = self.conv2(instance_norm(self.conv1(x, other), activation="leaky_relu"))
         if self.conv3 is None:
             return instance_norm(y, activation="leaky_relu", residual=x)
-        shortcut, join = self.conv3(x), "normed"
+        shortcut, join = self.conv3(x, other), "normed"
         if not x.is_cuda:  # one map less in memory, for no more time
             shortcut, join = instance_norm(shortcut), "before"
         return instance_norm(y, activation="leaky_relu", residual=shortcut, join=join)
@@ -83,11 +133,16 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv = Convolution(in_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W)."""
-        return instance_norm(self.conv(x), activation="leaky_relu")
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, D, H, W) to (B, out_channels, D, H, W).
+
+        Args:
+            x: Features.
+            other: Features whose channels follow x's.
+        """
+        return instance_norm(self.conv(x, other), activation="leaky_relu")
 
 
 class UpBlock(nn.Module):
@@ -112,7 +167,9 @@ class UpBlock(nn.Module):
             in_channels, out_channels, stride, stride, bias=False
         )
         if block == "residual":
-            self.block: nn.Module = ResidualBlock(2 * out_channels, out_channels)
+            self.block: ResidualBlock | ConvolutionBlock = ResidualBlock(
+                2 * out_channels, out_channels
+            )
         else:
             self.block = ConvolutionBlock(2 * out_channels, out_channels)
 
@@ -126,7 +183,15 @@ class UpBlock(nn.Module):
         Returns:
             Features, (B, out_channels, D, H, W).
         """
-        return self.block(torch.cat((self.up(x), skip), dim=1))
+        up = self.up(x)
+        if convolves_parts(up, self._first_kernel(), skip):
+            return self.block(up, skip)
+        return self.block(torch.cat((up, skip), dim=1))
+
+    def _first_kernel(self) -> Tensor:
+        if isinstance(self.block, ResidualBlock):
+            return self.block.conv1.weight
+        return self.block.conv.weight
 
 
 class GatedSpatialConvolution(nn.Module):

@@ -36,11 +36,10 @@ def conv3d(x: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
     Returns:
         Features, (B, O, D, H, W).
     """
+    if not _takes_kernel(x, weight, other):
+        whole = x if other is None else torch.cat((x, other), dim=1)
+        return F.conv3d(whole, weight, padding=1)
     dtype = _autocast_type(x)
-    if not _takes_kernel(x, weight, other, dtype):
-        return F.conv3d(
-            x if other is None else torch.cat((x, other), 1), weight, None, 1, 1
-        )
     other = None if other is None else other.to(dtype)
     return _convolve(x.to(dtype), weight, other)
 
@@ -53,7 +52,7 @@ def convolves_parts(x: Tensor, weight: Tensor, other: Tensor) -> bool:
         weight: Kernel.
         other: Features whose channels follow x's.
     """
-    return _takes_kernel(x, weight, other, _autocast_type(x))
+    return _takes_kernel(x, weight, other)
 
 
 def _autocast_type(x: Tensor) -> torch.dtype:
@@ -66,18 +65,16 @@ def _autocast_type(x: Tensor) -> torch.dtype:
 # --- whether the kernel does it -------------------------------------------------------
 
 
-def _takes_kernel(
-    x: Tensor, weight: Tensor, other: Tensor | None, dtype: torch.dtype
-) -> bool:
+def _takes_kernel(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     inputs = [x] if other is None else [x, other]
     return (
-        dtype in _HALVES
+        not why_not_on(x.device)
+        and _is_hopper(x.device)
+        and _autocast_type(x) in _HALVES
         and x.numel() // x.shape[1] >= FEWEST_VOXELS
         and all(t.is_contiguous(memory_format=_CHANNELS_LAST) for t in inputs)
         and weight.shape[2:] == (3, 3, 3)
         and all(_pays(t.shape[1], weight.shape[0]) for t in inputs)
-        and not why_not_on(x.device)
-        and _is_hopper(x.device)
     )
 
 

@@ -9,6 +9,7 @@ voxels deep has such a map at the bottom of the network.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ def _is_concerned(module: nn.Conv3d) -> bool:
     return shape == (3, 1, 1) and padded and module.padding_mode == "zeros"
 
 
-def _forward(module: nn.Conv3d, image: Tensor) -> Tensor:
-    own = type(module).forward  # as it was, for a kind of convolution may have its own
-    if image.shape[2] != _FAULTY_DEPTH:
-        return own(module, image)
-    deeper = F.pad(image, (0, 0, 0, 0, 0, 1))
-    return own(module, deeper)[:, :, :_FAULTY_DEPTH]
+def _forward(module: nn.Conv3d, *images: Any) -> Tensor:
+    own: Any = type(module).forward  # some kinds have their own, of one or two inputs
+    if all(x is None or x.shape[2] != _FAULTY_DEPTH for x in images):
+        return own(module, *images)
+    deeper = [None if x is None else F.pad(x, (0, 0, 0, 0, 0, 1)) for x in images]
+    return own(module, *deeper)[:, :, :_FAULTY_DEPTH]
