@@ -85,7 +85,11 @@ def test_the_record_tells_all(folder, tmp_path):
     assert record["model"] == {"folds": ["0"], "weights": ["1f"], "files": []}
     assert record["options"] == {"overlap": 0.5, "mirror_axes": []}
     assert record["names"] == ["background", "bright"]
-    assert record["wanted"] == {"probabilities": False, "dicom_seg": None}
+    assert record["wanted"] == {
+        "probabilities": False,
+        "uncertainty": False,
+        "dicom_seg": None,
+    }
     assert {"segmamba", "torch"} <= set(record["versions"])
     assert [case["status"] for case in record["cases"].values()] == [
         "done",
@@ -153,6 +157,27 @@ def test_probabilities_lie_apart(folder, tmp_path):
     np.testing.assert_array_equal(maps.get_fdata()[..., 1] > 0.5, scan(0) > 5)
     third = predict_cases(make_predictor(), folder, out, probabilities=True)
     assert third.skipped == ("a", "c", "d")
+
+
+def test_uncertainty_lies_apart_and_is_recorded(folder, tmp_path):
+    out, kinds = tmp_path / "out", ("entropy", "mutual_information", "confidence")
+    summary = predict_cases(make_predictor(), folder, out, uncertainty=True)
+    assert summary.done == ("a", "c", "d")
+    for kind in kinds:
+        assert nib.load(out / kind / "a.nii.gz").shape == (6, 7, 8)
+    record = json.loads((out / "manifest.json").read_text())
+    found = record["cases"]["a"]
+    names = [row["path"] for row in found["outputs"]]
+    assert names == ["a.nii.gz", *(f"{kind}/a.nii.gz" for kind in kinds)]
+    row = found["uncertainty"]["structures"]["bright"]
+    assert row["volume_ml"] == pytest.approx(found["volumes_ml"]["bright"])
+    again = predict_cases(make_predictor(), folder, out, uncertainty=True)
+    assert again.skipped == ("a", "c", "d")
+    (out / "entropy" / "c.nii.gz").unlink()
+    assert predict_cases(make_predictor(), folder, out, uncertainty=True).done == ("c",)
+    file = tmp_path / "label.nii.gz"
+    predict_cases(make_predictor(), folder / "a.nii.gz", file, uncertainty=True)
+    assert (tmp_path / "label_mutual_information.nii.gz").is_file()
 
 
 def test_one_file_for_one_case(folder, tmp_path):

@@ -54,8 +54,10 @@ def test_prediction_names_each_case_and_writes_nothing(
     shutil.copytree(project / "scans", tmp_path / "scans")
     words = [str(project / "run"), str(tmp_path / "scans"), "-o", str(tmp_path / "out")]
     assert cli.main(["predict", *words, "--device", "cpu"]) == 1
-    shown = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line for line in lines if line.startswith("error: ")]
     assert len(shown) == 6
+    assert "going on with 1 windows" in lines[0]
     assert all("cpu has too little memory for case case_" in line for line in shown)
     assert "381469726.6 MiB" in shown[0]
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["manifest.json"]

@@ -38,6 +38,13 @@ class Predict:
     """Type the network computes in; auto is bf16 where the device has units for it."""
     probabilities: FlagCreatePairsOff[bool] = False
     """Also write probabilities."""
+    uncertainty: FlagCreatePairsOff[bool] = False
+    """Also write maps of entropy, mutual information and confidence; volumes with their
+    spread, and the Dice to be expected, go into the manifest."""
+    snapshots: FlagCreatePairsOff[bool] = False
+    """Take the weights kept while training as more samples of uncertainty."""
+    whole_volume: FlagCreatePairsOff[bool] = False
+    """Show the network the whole scan at once, not windows: much more memory."""
     folds: tuple[str, ...] | None = None
     """Folds to average; default: all that are trained."""
     overwrite: FlagCreatePairsOff[bool] = False
@@ -71,6 +78,9 @@ class Predict:
                 overlap=self.overlap,
                 precision=self.precision,
                 probabilities=self.probabilities,
+                uncertainty=self.uncertainty or self.snapshots,
+                snapshots=self.snapshots,
+                whole_volume=self.whole_volume,
                 folds=self.folds,
                 overwrite=self.overwrite,
                 series=self.series,

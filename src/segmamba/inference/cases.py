@@ -74,6 +74,7 @@ def predict_cases(
     *,
     overwrite: bool = False,
     probabilities: bool = False,
+    uncertainty: bool = False,
     which: Which = "all",
     dicom_seg: SegOutput | None = None,
     session: Session | None = None,
@@ -82,7 +83,8 @@ def predict_cases(
     """Predict cases one by one into a folder.
 
     Writes <case>.nii.gz, with `probabilities` also probabilities/<case>.nii.gz (4D,
-    float32, one volume for each output), each whole or not at all, and after every case
+    float32, one volume for each output), with `uncertainty` also entropy/<case>.nii.gz,
+    mutual_information/ and confidence/, each whole or not at all, and after every case
     manifest.json: model, options, versions, and for each case files, volumes, seconds
     and errors. A rerun goes on where the last one ended.
 
@@ -94,6 +96,8 @@ def predict_cases(
             label_manifest.json.
         overwrite: Predict finished cases again.
         probabilities: Write probabilities too.
+        uncertainty: Write maps of uncertainty too; the manifest gets volumes with
+            their spread and the Dice to be expected.
         which: Of a data set: all cases, or those with or without a label map.
         dicom_seg: Write <case>.dcm too, for cases that are DICOM.
         session: The command's call, for the manifest; None begins one here.
@@ -110,7 +114,7 @@ def predict_cases(
         BackendUnavailableError: What writes DICOM-SEG isn't installed.
     """
     cases = _cases(predictor, inputs, which)
-    extras = Extras(probabilities, dicom_seg)
+    extras = Extras(probabilities, uncertainty, dicom_seg)
     extras.check(cases, predictor.scheme)
     folder = Path(out_folder)
     alone = is_scan(folder) and not folder.is_dir()
@@ -203,6 +207,7 @@ def _predict_case(
             prediction = predictor.predict(
                 case.scan(),
                 probabilities=extras.probabilities,
+                uncertainty=extras.uncertainty,
                 case=f"case {case.id}",
                 progress=steps,
             )

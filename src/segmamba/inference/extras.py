@@ -11,6 +11,7 @@ from segmamba.errors import ConfigError, SegMambaError, describe
 from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.find import InputCase
 from segmamba.inference.prediction import Prediction
+from segmamba.inference.uncertainty import MAPS
 from segmamba.io import read_header, strip_suffix
 from segmamba.types import JsonDict
 
@@ -54,6 +55,8 @@ class Extras:
 
     probabilities: bool = False
     """Softmax or sigmoid maps."""
+    uncertainty: bool = False
+    """Maps of entropy, mutual information and confidence."""
     dicom_seg: SegOutput | None = None
     """DICOM-SEG, for scans that are DICOM."""
 
@@ -61,6 +64,7 @@ class Extras:
         """Give what was wanted, for the manifest."""
         return {
             "probabilities": self.probabilities,
+            "uncertainty": self.uncertainty,
             "dicom_seg": None if self.dicom_seg is None else self.dicom_seg.kind,
         }
 
@@ -108,6 +112,8 @@ class Extras:
         written = []
         if self.probabilities:
             written.append(found.save_probabilities(files.map("probabilities")))
+        for kind in MAPS if self.uncertainty else ():
+            written.append(found.save_uncertainty(files.map(kind), kind))
         if self.dicom_seg is not None:
             path, series = files.segmentation, case.series[0]
             self.dicom_seg.write(path, found.label_map, series, scheme)
@@ -120,6 +126,7 @@ class Extras:
             return False
         maps = [files.label_map]
         maps += [files.map("probabilities")] if self.probabilities else []
+        maps += [files.map(kind) for kind in MAPS] if self.uncertainty else []
         others = [files.segmentation] if self.dicom_seg is not None else []
         if not all(path.is_file() for path in (*maps, *others)):
             return False

@@ -50,6 +50,8 @@ def load_model(
     batch_size: int = 1,
     accumulate_dtype: torch.dtype = torch.float32,
     postprocessing: bool = True,
+    whole_volume: bool = False,
+    snapshots: bool = False,
 ) -> Predictor:
     """Load a trained run: plan, data set's channels and labels, weights of its folds.
 
@@ -70,14 +72,17 @@ def load_model(
         accumulate_dtype: Type of the summed logits: float32, or float16 to save memory.
         postprocessing: Do to label maps what the run's postprocessing.json says, if
             there is one.
+        whole_volume: Show the networks whole scans, not windows.
+        snapshots: Take the weights that were kept while the folds trained as more
+            samples of uncertainty.
 
     Returns:
         A predictor: call it with a path or an array.
 
     Raises:
         CheckpointError: It isn't a run, nothing is trained, a fold is missing,
-            several folds are half-trained and none is named, or weights don't fit
-            the plan.
+            several folds are half-trained and none is named, no snapshots were kept,
+            or weights don't fit the plan.
         ConfigError: An option is out of range, or postprocessing.json can't be used.
         BackendUnavailableError: The device isn't there.
     """
@@ -86,6 +91,7 @@ def load_model(
     source = folder / "dataset.json"
     dataset = dataset_from_dict(read_json(source), source=source)
     models = _load_folds(folder, folds)
+    kept = _load_snapshots(list(models)) if snapshots else {}
     chosen = resolve_device(device)
     fast = chosen.type == "cpu" and precision_for(chosen, precision) == "bf16"
     return Predictor(
@@ -100,7 +106,9 @@ def load_model(
         batch_size=batch_size,
         accumulate_dtype=accumulate_dtype,
         postprocessing=_steps(folder, dataset) if postprocessing else (),
-        identity={**_identity(models), "files": _files(folder, models)},
+        whole_volume=whole_volume,
+        snapshots=_networks(kept, plan, dataset, channels_last=fast),
+        identity={**_identity(models), "files": _files(folder, [*models, *kept])},
     )
 
 
@@ -350,7 +358,27 @@ def _identity(models: dict[Path, ModelFile]) -> JsonDict:
     }
 
 
-def _files(run: Path, models: dict[Path, ModelFile]) -> list[str]:
+def _load_snapshots(folds: list[Path]) -> dict[Path, ModelFile]:
+    """Read the weights that were kept while folds trained."""
+    paths = [
+        path
+        for fold in folds
+        for path in sorted((fold.parent / SNAPSHOTS).glob(f"*/{MODEL_FILE}"))
+    ]
+    if not paths:
+        raise CheckpointError(
+            describe(
+                "no snapshots were kept while this model trained",
+                expected=f"{SNAPSHOTS}/1/{MODEL_FILE} and more",
+                file=folds[0].parent,
+                remedy="Leave out --snapshots, or train with the setting "
+                "train.snapshots.",
+            )
+        )
+    return {path: load_model_file(path) for path in paths}
+
+
+def _files(run: Path, models: list[Path]) -> list[str]:
     """Name every file that decides what the model predicts."""
     names = ("plan.json", "dataset.json", POSTPROCESSING_FILE)
     files = [*models, *(run / name for name in names if (run / name).is_file())]

@@ -199,9 +199,11 @@ def describe_prediction(found: Prediction, scheme: LabelScheme) -> JsonDict:
         scheme: What its integers mean.
 
     Returns:
-        "shape", "spacing_mm" and "volumes_ml".
+        "shape", "spacing_mm" and "volumes_ml"; also "uncertainty" if it was wanted.
     """
+    doubt = found.uncertainty
     return {
+        **({} if doubt is None else {"uncertainty": doubt.describe()}),
         "shape": list(found.label_map.shape),
         "spacing_mm": [round(mm, 6) for mm in found.spacing_mm],
         "volumes_ml": volumes_ml(found, scheme),

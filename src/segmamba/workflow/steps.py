@@ -214,6 +214,9 @@ def predict(
     overlap: float = 0.5,
     precision: str = "auto",
     probabilities: bool = False,
+    uncertainty: bool = False,
+    snapshots: bool = False,
+    whole_volume: bool = False,
     folds: Sequence[str] | None = None,
     overwrite: bool = False,
     postprocessing: bool = True,
@@ -234,6 +237,10 @@ def predict(
         precision: "auto" (bf16 where the device has units for it), "bf16", "fp16" or
             "fp32".
         probabilities: Write these too.
+        uncertainty: Write maps of entropy, mutual information and confidence too, and
+            volumes with their spread into the manifest.
+        snapshots: Take the weights kept while training as more samples of it.
+        whole_volume: Show the network whole scans, not windows.
         folds: Which to average; None takes all that are trained.
         overwrite: Predict finished cases again.
         postprocessing: Do what the run's postprocessing.json says, if there is one.
@@ -257,6 +264,8 @@ def predict(
             mirror=mirror,
             precision=precision,
             postprocessing=postprocessing,
+            whole_volume=whole_volume,
+            snapshots=snapshots,
         )
         cases = find_cases(scans, predictor.channels, series=series)
         return predict_cases(
@@ -265,6 +274,7 @@ def predict(
             Path(output),
             overwrite=overwrite,
             probabilities=probabilities,
+            uncertainty=uncertainty,
             dicom_seg=dicom_seg,
             session=session,
             progress=staged(progress, "predicting"),
