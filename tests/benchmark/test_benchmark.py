@@ -381,6 +381,7 @@ class PlayedProfiler:
 
 def test_a_gpu_is_watched_after_what_was_prepared_ahead(monkeypatch, tmp_path) -> None:
     PlayedProfiler.calls = []
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 300 * 2**20)
     monkeypatch.setattr(feeding, "_profiler", PlayedProfiler)
     watch = feeding._Watch(3.0, torch.device("cuda"), 2**20, epoch=6)
     log, seen = tmp_path / "log.jsonl", []
@@ -390,7 +391,8 @@ def test_a_gpu_is_watched_after_what_was_prepared_ahead(monkeypatch, tmp_path) -
         for step in range(6):
             watch.note_step(None)
             seen.append((epoch, step, len(PlayedProfiler.calls)))
-        new = {**line, "epoch": epoch, "step": 6 * epoch, "peak_memory_mib": 100.0}
+        peak = {"peak_memory_mib": 200.0 if epoch == 1 else 100.0}
+        new = {**line, **peak, "epoch": epoch, "step": 6 * epoch}
         with log.open("a") as file:
             file.write(json.dumps(new) + "\n")
         watch.note_epoch(log)
@@ -405,7 +407,8 @@ def test_a_gpu_is_watched_after_what_was_prepared_ahead(monkeypatch, tmp_path) -
     assert figures["gpu_busy_share"] == pytest.approx(2 / 3)
     assert figures["patches_per_s"] == 30
     assert figures["waiting_share"] == pytest.approx(0.05)
-    assert figures["peak_mib"] == 99
+    assert figures["peak_mib"] == 199
+    assert figures["peak_reserved_mib"] == 300
     assert figures["rounds"] == 10  # five between the steps of each of two epochs
 
 

@@ -190,6 +190,7 @@ class _Watch:
         self._baseline, self._epoch = baseline, epoch
         self._times: list[float] = []
         self._lines: list[JsonDict] = []
+        self._peaks: list[float] = []
         self._last: float | None = None
         self._steps = 0  # of the present epoch
         self._profile: profile | None = None  # of the last epoch's second half
@@ -207,6 +208,8 @@ class _Watch:
     def note_epoch(self, log: Path) -> None:
         """Note that an epoch is over; raise if it was the last one."""
         line = read_log(log)[-1]
+        # The first epoch's too: what a graph holds is counted while it is recorded.
+        self._peaks.append(line["peak_memory_mib"] or 0.0)
         self._last, self._steps = None, 0  # what comes between epochs is no step
         if line["epoch"] == 1:  # compiled, and searched for algorithms
             self._times.clear()
@@ -236,14 +239,15 @@ class _Watch:
             "gpu_busy_share": self._busy,
             "steps": lines[-1]["step"],
             "loss": lines[-1]["loss"],
-            "peak_mib": self._peak_mib(),
+            **self._memory(),
         }
 
-    def _peak_mib(self) -> float | None:
+    def _memory(self) -> JsonDict:
         if self._device.type != "cuda":
-            return None
-        peak = max(line["peak_memory_mib"] for line in self._lines)
-        return round(peak - self._baseline / 2**20, 1)
+            return {"peak_mib": None}
+        peak = max(self._peaks) - self._baseline / 2**20
+        held = torch.cuda.max_memory_reserved(self._device) / 2**20
+        return {"peak_mib": round(peak, 1), "peak_reserved_mib": round(held, 1)}
 
 
 def _profiler() -> profile:
