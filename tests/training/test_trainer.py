@@ -489,7 +489,7 @@ def test_no_step_makes_the_cpu_wait_for_a_gpu(tiny, tmp_path, optimizer):
 
     def watch(progress):
         losses.append(progress.loss)
-        torch.cuda.set_sync_debug_mode("error" if 3 <= progress.step < 8 else "default")
+        torch.cuda.set_sync_debug_mode("error" if 5 <= progress.step < 9 else "default")
 
     run = tiny.make_trainer(
         tmp_path,
