@@ -141,7 +141,7 @@ def _folder_name(source: Path, found: list[DicomSeries]) -> str:
     whole = source.absolute().parts if source.is_dir() else (str(source),)
     if len(common) > len(whole):
         return _sanitized(common[len(whole)])
-    return f"{_plain(source)}_{found[0].study.split('.')[-1]}"
+    return _sanitized(f"{_plain(source)}_{found[0].study.split('.')[-1]}")
 
 
 def _plain(source: Path) -> str:
@@ -149,7 +149,7 @@ def _plain(source: Path) -> str:
 
 
 def _sanitized(name: str) -> str:
-    return re.sub(r'[/\\:*?"<>|]|^\.', "_", name) or "scan"
+    return re.sub(r'[/\\:*?"<>|\x00-\x1f]|^\.', "_", name) or "scan"
 
 
 def _channels(

@@ -14,7 +14,7 @@ from torch import nn
 from segmamba.allocation import AtMost, TooLargeError
 from segmamba.atomic import read_json
 from segmamba.checkpoint import ModelFile, load_model_file, load_model_metadata
-from segmamba.config import load_yaml
+from segmamba.config import AnyNetworkConfig, load_yaml
 from segmamba.data.dataset import Dataset, dataset_from_dict
 from segmamba.data.plan import Plan, load_plan, plan_hash
 from segmamba.devices import precision_for, resolve_device
@@ -300,16 +300,18 @@ def _bare(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
 
     Files come from anywhere, and a few digits describe a network of any size.
     """
-    count = len(model.tensors)
+    config, count = model.network or plan.network, len(model.tensors)
     elements = sum(tensor.numel() for tensor in model.tensors.values())
     try:
+        if _blocks(config) > count:
+            raise TooLargeError
         with AtMost(elements=4 * elements + _SPARE, tensors=16 * count + _SPARE):
-            return build_network(model.network or plan.network)
+            return build_network(config)
     except ConfigError as error:
         raise CheckpointError(
             describe("can't build the model's network", found=error, file=path)
         ) from error
-    except (TooLargeError, RuntimeError, OverflowError) as error:
+    except (TooLargeError, RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(
             describe(
                 "weights don't fit the network",
@@ -318,6 +320,12 @@ def _bare(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
                 file=path,
             )
         ) from error
+
+
+def _blocks(config: AnyNetworkConfig) -> int:
+    """Count the blocks that a configuration repeats; each has a weight at least."""
+    convolutions = getattr(config, "conv_blocks", None)
+    return sum(config.depths or ()) + sum(convolutions or ())
 
 
 def _some(names: set[str]) -> str:
