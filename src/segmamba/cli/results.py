@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from segmamba.cli.words import Output, print_summary
+from segmamba.cli.words import Output, print_calibration, print_summary
 from segmamba.console import (
     ProgressDisplay,
     print_table,
@@ -51,6 +51,8 @@ class Predict:
     """Predict finished cases again."""
     series: tuple[str, ...] | None = None
     """Of DICOM: number, description or UID of the series of each channel, in order."""
+    frames: FlagCreatePairsOff[bool] = False
+    """Take the fourth axis of 4D scans as frames, each a case, not as channels."""
     dicom_seg: FlagCreatePairsOff[bool] = False
     """Also write DICOM-SEG, for DICOM scans."""
     seg_type: Literal["BINARY", "LABELMAP"] = "BINARY"
@@ -84,6 +86,7 @@ class Predict:
                 folds=self.folds,
                 overwrite=self.overwrite,
                 series=self.series,
+                frames=self.frames,
                 dicom_seg=seg,
                 postprocessing=self.postprocessing,
                 progress=progress,
@@ -117,6 +120,9 @@ class Evaluate:
     """BraTS 2023 task whose lesion-wise rules to take."""
     figure: Path | None = None
     """Also draw the worst cases to this PNG file."""
+    calibration: Path | None = None
+    """Also say how well uncertainty tells of errors, and draw it to this PNG file; for
+    predictions with --uncertainty."""
 
     def run(self) -> int:
         """Evaluate, write the JSON and print the summary."""
@@ -131,9 +137,12 @@ class Evaluate:
                 tolerance_mm=self.tolerance_mm,
                 lesions=self.lesion_task if self.lesion_wise else None,
                 figure=self.figure,
+                calibration=self.calibration,
                 progress=progress,
             )
         print_summary(metrics)
+        if self.calibration is not None:
+            print_calibration(metrics["calibration"])
         share = metrics["differing_voxels"]["largest"]
         say(f"At most {share:.3g} of a case's voxels differ.")
         say(f"Written to {self.output}")

@@ -59,6 +59,34 @@ def print_summary(metrics: JsonDict) -> None:
     print_table("Scores on whole volumes", ("label", *header, "cases"), rows)
 
 
+def print_calibration(calibration: JsonDict) -> None:
+    """Print calibration errors, and rank correlations of scores with Dice."""
+    names = {"labelled": "ECE, labelled voxels", "all": "ECE, all voxels"}
+    found = calibration["reliability"].items()
+    rows = [(names[area], _plain(row["ece"])) for area, row in found]
+    scores = calibration["scores"]
+    rows += [
+        ("Spearman of expected Dice and Dice", _rank(scores["expected_dice"])),
+        ("Spearman of entropy (sign turned) and Dice", _rank(scores["mean_entropy"])),
+        ("mean error of expected Dice", _plain(scores["dice_error"])),
+    ]
+    for label, row in scores["structures"].items():
+        rank = _rank(row["expected_dice"])
+        rows.append((f"Spearman of expected Dice and Dice, {label}", rank))
+    print_table("How well uncertainty tells of errors", ("what", "value"), rows)
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _rank(row: JsonDict) -> str:
+    if row["spearman"] is None:
+        return "-"
+    low, high = row["ci95"]
+    return f"{row['spearman']:.3f} ({low:.3f} to {high:.3f}), {row['n']} cases"
+
+
 def _mean_and_interval(row: JsonDict) -> str:
     if row["mean"] is None:
         return "-"
