@@ -29,8 +29,8 @@ then, for the sake of 255 registers a thread."""
 _PART = 32
 """Steps of a chunk whose states the gradients' kernel holds in shared memory."""
 
-_SEGMENTS = 32
-"""Parts of a sequence that are carried at once."""
+_SEGMENTS, _CARRIED = 32, 16
+"""Parts of a sequence that are carried at once, and channels of a block that does."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -167,7 +167,8 @@ class Scan:
 
     def kernel(self, name: str) -> Kernel:
         """Give a kernel of scan.cu for the scan's types and sizes."""
-        return self.compiled("scan.cu", name, WARPS=self.warps, SEGMENTS=_SEGMENTS)
+        cut = {"WARPS": self.warps, "SEGMENTS": _SEGMENTS, "CARRIED": _CARRIED}
+        return self.compiled("scan.cu", name, **cut)
 
     def compiled(self, file: str, name: str, **constants: int) -> Kernel:
         """Give a kernel for the scan's types and chunks."""
@@ -237,8 +238,8 @@ def _carry(
     scan: Scan, states: Tensor, kept: Tensor, *, back: bool, first: bool
 ) -> None:
     scan.kernel("carry_states")(
-        (ceil_divide(scan.channels, _LANES), STATES, scan.rows),
-        _LANES * _SEGMENTS,
+        (ceil_divide(scan.channels, _CARRIED), STATES, scan.rows),
+        _CARRIED * _SEGMENTS,
         states,
         kept,
         scan.rates,
@@ -400,7 +401,7 @@ def _blocks(scan: Scan, cut: _Cut) -> int:
 def _shared_bytes(scan: Scan, cut: _Cut) -> int:
     """Size of the gradients' kernel's shared memory: struct Shared, or the code."""
     part = min(_PART, scan.steps)
-    rows = part * (2 * STATES * 4 + 4) + 2 * cut.warps * 8 * _LANES * 4
+    rows = part * 2 * STATES * 4 + 2 * cut.warps * 8 * _LANES * 4
     pitch = 4 if cut.across == 3 else cut.across
     rows += cut.warps * part * 8 * pitch * 3 * 4
     left = cut.warps * (part // 4 - 1) * cut.across * _LANES * 4 * 4

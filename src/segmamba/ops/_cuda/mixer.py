@@ -39,8 +39,8 @@ _EIGHT = 8
 _CODES = 8
 """The code's columns are padded to a multiple of this, for aligned rows."""
 
-_SUMMED = 132
-"""Blocks along the rows, over all sequences, that sum gradients of taps."""
+_SUMMED = 3 * 132
+"""Blocks that sum gradients of taps: as many as a large GPU does at once."""
 
 _SPLITS = (64, 16, 4)
 """Parts into which a long product over rows is cut, for the sake of parallel work."""
@@ -418,7 +418,7 @@ def _return_conv(
     across = next(n for n in range(16, 0, -1) if channels // _EIGHT % n == 0)
     high = _THREADS // across
     runs = ceil_divide(ceil_divide(length, _RUN), high)
-    blocks = min(runs, ceil_divide(_SUMMED * 4, count * batch))
+    blocks = min(runs, ceil_divide(_SUMMED, count * batch))
     partial = directions.taps.new_empty(count, batch * blocks, taps + 1, channels)
     _kernel(xz, "conv_silu_back", taps)(
         (blocks, channels // _EIGHT // across, count * batch),

@@ -56,9 +56,9 @@ scan_chunks(const element *u, const element *code, const element *b, const float
 extern "C" __global__ void carry_states(float *states, const float *kept, const float *a,
                                         int E, int batch, int chunks, int back,
                                         int first) {
-    __shared__ float decays[SEGMENTS][32], values[SEGMENTS][32];
-    int lane = threadIdx.x % 32, segment = threadIdx.x / 32;
-    int channel = blockIdx.x * 32 + lane, n = blockIdx.y, row = blockIdx.z;
+    __shared__ float decays[SEGMENTS][CARRIED], values[SEGMENTS][CARRIED];
+    int lane = threadIdx.x % CARRIED, segment = threadIdx.x / CARRIED;
+    int channel = blockIdx.x * CARRIED + lane, n = blockIdx.y, row = blockIdx.z;
     bool valid = channel < E;
     channel = valid ? channel : 0;
     float rate = a[((long long)(row / batch) * STATES + n) * E + channel];

@@ -54,15 +54,20 @@ INLINE void stage_code(float *to, const element *from, int stride, int rank, int
     }
 }
 
+// The token at a position; at one behind the last, that of the last.
+INLINE int place_in_row(const int *orders, int direction, int position, int L) {
+    int stride = orders[2 * direction], reverse = orders[2 * direction + 1];
+    position = min(position, L - 1);
+    if (reverse) position = L - 1 - position;
+    return position % stride * (L / stride) + position / stride;
+}
+
 // Where the tokens of `rows` positions lie in a row of sequences, (L, E); positions
 // behind the last give one that exists.
 INLINE void stage_tokens(int *to, const int *orders, int direction, int first, int L,
                          int E, int rows) {
-    int stride = orders[2 * direction], reverse = orders[2 * direction + 1];
     for (int t = threadIdx.x; t < rows; t += THREADS) {
-        int position = min(first + t, L - 1);
-        if (reverse) position = L - 1 - position;
-        to[t] = (position % stride * (L / stride) + position / stride) * E;
+        to[t] = place_in_row(orders, direction, first + t, L) * E;
     }
 }
 

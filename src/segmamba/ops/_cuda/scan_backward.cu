@@ -12,7 +12,7 @@
 
 #define PART (CHUNK < 32 ? CHUNK : 32)
 #define GROUPS (PART / 4)
-#define AHEAD 16  // steps that are loaded at a time
+#define QUADS ((PART * 4 + THREADS - 1) / THREADS)
 #define WIDTH (8 * ACROSS)  // channels of a warp
 #define PITCH (ACROSS == 3 ? 4 : ACROSS)  // of a thread's channels in shared memory
 
@@ -20,7 +20,6 @@ struct Shared {
     float BC[PART * 2 * STATES];
     float sums[2][WARPS][8][32];  // gradients of B and C at eight steps, two buffers
     float dt[WARPS][PART][8][PITCH], u[WARPS][PART][8][PITCH], dy[WARPS][PART][8][PITCH];
-    int tokens[PART];
     float left[WARPS][GROUPS - 1][ACROSS][32][4];  // states; the code while staging
 };
 
@@ -65,46 +64,74 @@ INLINE void load_across(float *to, const float *from) {
 #endif
 }
 
-// Step sizes, u, B and tokens of a part into shared memory; on the way `back` also C and
-// the gradient of y.
-INLINE void stage_part(Shared &m, Place p, int part, int per_group,
-                       int first, int count, bool back, const element *grad,
-                       const element *u, const element *code, const element *b,
-                       const element *c, const float *weight, const float *bias,
-                       const int *orders, int L, int E, int rank, int code_stride,
-                       int b_stride, int c_stride) {
+// A row's four states of B or C that a thread brings into shared memory.
+struct Quad {
+    float values[4];
+
+    INLINE void load(const element *from, int stride, int i, int count) {
+        int t = i / 4;
+        load4(from + min(t, max(count, 1) - 1) * stride + i % 4 * 4, values);
+    }
+
+    INLINE void store(float *to, int i, int count) {
+        int t = i / 4;
+#pragma unroll
+        for (int n = 0; n < 4; n++) values[n] = t < count ? values[n] : 0.0f;
+        if (t < PART) store4(to + t * 2 * STATES + i % 4 * 4, values);
+    }
+};
+
+// Step sizes, u and B of a part into shared memory; on the way `back` also C and the
+// gradient of y. All that comes from afar is on its way before anything is waited for.
+INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, int count,
+                       bool back, const element *grad, const element *u,
+                       const element *code, const element *b, const element *c,
+                       const float *weight, const float *bias, const int *orders, int L,
+                       int E, int rank, int code_stride, int b_stride, int c_stride) {
     u += first * E, code += first * code_stride;
     b += first * b_stride, c += first * c_stride;
     float *code_s = &m.left[0][0][0][0][0];
-    __syncthreads();
-    stage_states(m.BC, 2 * STATES, b, b_stride, count, PART);
-    stage_code(code_s, code, code_stride, rank, count, PART);
-    if (back) {
-        stage_states(m.BC + STATES, 2 * STATES, c, c_stride, count, PART);
-        stage_tokens(m.tokens, orders, p.direction, p.chunk * CHUNK + first, L, E, PART);
-    }
-    __syncthreads();
+    int last = max(count, 1) - 1;
     int inside = (part * WARPS + p.warp) * WIDTH + p.lane;
     p.valid = p.lane < WIDTH && inside < per_group;
     p.channel = p.group * per_group + (p.valid ? inside : 0);
-    int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
-    float exists = p.valid ? 1.0f : 0.0f;
-    for (int t0 = 0; t0 < PART; t0 += AHEAD) {
-        float x[AHEAD], dy[AHEAD], dt[AHEAD];
-        column<AHEAD>(x, u, p.channel, t0, E, count);
-        if (back) {
-            gather<AHEAD>(dy, grad, p.channel, t0, count,
-                          [&](int t) { return m.tokens[t]; });
-        }
-        step_sizes<AHEAD>(dt, p, code_s, PART, t0, code, code_stride, weight, bias, rank,
-                          E, count);
-        if (p.lane >= WIDTH) continue;
+    element far_u[PART], far_dy[PART] = {};
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            m.dt[p.warp][t0 + i][column_of][k] = exists * dt[i];
-            m.u[p.warp][t0 + i][column_of][k] = x[i];
-            float arrived = t0 + i < count ? exists * dy[i] : 0.0f;
-            if (back) m.dy[p.warp][t0 + i][column_of][k] = arrived;
+    for (int i = 0; i < PART; i++) far_u[i] = u[min(i, last) * E + p.channel];
+    if (back) {
+        int place = place_in_row(orders, p.direction, p.chunk * CHUNK + first + p.lane, L);
+        place *= E;
+#pragma unroll
+        for (int i = 0; i < PART; i++) {
+            int at = __shfl_sync(0xffffffffu, place, min(i, last));
+            far_dy[i] = grad[at + p.channel];
+        }
+    }
+    Quad B[QUADS], C[QUADS];
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        B[i].load(b, b_stride, threadIdx.x + i * THREADS, count);
+        if (back) C[i].load(c, c_stride, threadIdx.x + i * THREADS, count);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        B[i].store(m.BC, threadIdx.x + i * THREADS, count);
+        if (back) C[i].store(m.BC + STATES, threadIdx.x + i * THREADS, count);
+    }
+    stage_code(code_s, code, code_stride, rank, count, PART);
+    __syncthreads();
+    int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
+    float exists = p.valid ? 1.0f : 0.0f, dt[PART];
+    step_sizes<PART>(dt, p, code_s, PART, 0, code, code_stride, weight, bias, rank, E,
+                     count);
+    if (p.lane < WIDTH) {
+#pragma unroll
+        for (int i = 0; i < PART; i++) {
+            m.dt[p.warp][i][column_of][k] = exists * dt[i];
+            m.u[p.warp][i][column_of][k] = to_float(far_u[i]);
+            float arrived = i < count ? exists * to_float(far_dy[i]) : 0.0f;
+            if (back) m.dy[p.warp][i][column_of][k] = arrived;
         }
     }
     __syncthreads();
