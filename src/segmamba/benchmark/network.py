@@ -19,7 +19,7 @@ from segmamba.benchmark.model import (
 )
 from segmamba.benchmark.peers import usable_peers
 from segmamba.benchmark.record import OURS, Record
-from segmamba.benchmark.timing import Run
+from segmamba.benchmark.timing import Run, captured
 from segmamba.nn import count_parameters
 from segmamba.types import Size3
 
@@ -54,6 +54,9 @@ def benchmark_network(record: Record) -> None:
             "training step, checkpointing",
         )
         if record.device.type == "cuda":
+            _time_training(
+                record, OURS, lambda: build(settings), side, "training step, CUDA graph"
+            )
             _time_inference(
                 record, OURS, lambda: build(settings), side, "inference, CUDA graph"
             )
@@ -118,7 +121,8 @@ def _time_training(
 
     def make() -> Run:
         volume, target = draw_volume(settings, 2, size), draw_target(settings, 2, size)
-        return training_run(make_network(), settings, volume, target)
+        run = training_run(make_network(), settings, volume, target)
+        return captured(run)[0] if "graph" in mode else run
 
     record.time(subject, f"2x4x{side}^3", mode, make, shape=[2, 4, *size])
 
