@@ -239,7 +239,7 @@ def _ensure_case(case: Case, *, plan: Plan, scheme: LabelScheme, folder: Path) -
     if _is_done(files, key):
         return
     files.marker.unlink(missing_ok=True)
-    volume = read_case(case.images)
+    volume = read_case(case.images, frame=case.frame)
     image, geometry = preprocess_image(volume, plan)
     label = preprocess_label(
         read_label(case, volume), geometry, scheme, file=case.label
@@ -284,6 +284,7 @@ def _case_key(case: Case, plan: Plan, scheme: LabelScheme) -> str:
         "plan": plan_hash(plan),
         "labels": to_dict(scheme),
         "sources": sources,
+        **({} if case.frame is None else {"frame": case.frame}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

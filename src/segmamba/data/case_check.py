@@ -84,8 +84,10 @@ class CaseReader:
         name = shown(path, self.dataset.root)
         self.facts.problems.append(Problem(self.case.id, name, kind, text, severity))
 
-    def _read(self, path: Path, missing: str) -> Volume | None:
-        volume, kind, text = try_reading(path, missing)
+    def _read(
+        self, path: Path, missing: str, frame: int | None = None
+    ) -> Volume | None:
+        volume, kind, text = try_reading(path, missing, frame)
         if volume is None:
             self._add(path, kind, text)
             return None
@@ -94,7 +96,7 @@ class CaseReader:
         return volume
 
     def _check_image(self, path: Path) -> None:
-        volume = self._read(path, "missing-channel")
+        volume = self._read(path, "missing-channel", self.case.frame)
         if volume is None:
             self._channels = None
             return
@@ -176,12 +178,15 @@ def check_case(dataset: Dataset, case: Case) -> CaseFacts:
     return CaseReader(dataset, case).check()
 
 
-def try_reading(path: Path, missing: str) -> tuple[Volume | None, str, str]:
+def try_reading(
+    path: Path, missing: str, frame: int | None = None
+) -> tuple[Volume | None, str, str]:
     """Read a file, or say why it can't be read.
 
     Args:
         path: The file.
         missing: The kind of problem if there is no such file.
+        frame: Which of the fourth axis to read; None reads all.
 
     Returns:
         The volume, and two empty texts; or None, the kind of problem, and a sentence.
@@ -189,7 +194,7 @@ def try_reading(path: Path, missing: str) -> tuple[Volume | None, str, str]:
     if not os.path.lexists(path):
         return None, missing, "no such file"
     try:
-        return read_volume(path), "", ""
+        return read_volume(path, frame=frame), "", ""
     except FakeFileError as error:
         kind, text = "fake-file", str(error)
     except TruncatedFileError as error:

@@ -20,6 +20,8 @@ class Case:
     """One file per channel, or a single file that holds all channels (4D)."""
     label: Path | None = None
     """The label map; None for a case that is only predicted."""
+    frame: int | None = None
+    """Which of the images' fourth axis is the case, from 0; None makes it channels."""
 
 
 @dataclass(frozen=True)
@@ -167,19 +169,22 @@ def _damaged(error: Exception, source: Path | str) -> FormatError:
 
 
 def _case_to_dict(case: Case, root: Path) -> JsonDict:
+    frame = {} if case.frame is None else {"frame": case.frame}
     return {
         "id": case.id,
         "images": [_portable(path, root) for path in case.images],
         "label": None if case.label is None else _portable(case.label, root),
+        **frame,
     }
 
 
 def _case_from_dict(data: JsonDict, root: Path) -> Case:
-    label = data.get("label")
+    label, frame = data.get("label"), data.get("frame")
     return Case(
         id=str(data["id"]),
         images=tuple(root / path for path in data["images"]),
         label=None if label is None else root / label,
+        frame=None if frame is None else int(frame),
     )
 
 

@@ -215,7 +215,7 @@ def guess_modality(name: str, lowest: Sequence[float]) -> Modality:
 
 
 def _examine(case: Case, dataset: Dataset) -> _Examined:
-    volume = read_case(case.images)
+    volume = read_case(case.images, frame=case.frame)
     label = read_label(case, volume)
     _check_image(volume, case, len(dataset.channels))
     box = nonzero_box(volume.array)

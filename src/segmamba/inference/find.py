@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from segmamba.data.dataset import Case
 from segmamba.data.layouts import load_dataset
-from segmamba.errors import ConfigError, FormatError, describe
+from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
 from segmamba.inference.dicom_study import dicom_studies
 from segmamba.io import (
     SCAN_SUFFIXES,
@@ -18,6 +18,8 @@ from segmamba.io import (
     Volume,
     holds_dicom,
     is_scan,
+    read_case,
+    read_header,
     read_series,
     strip_suffix,
 )
@@ -48,9 +50,13 @@ class InputCase:
     series: tuple[DicomSeries, ...] = ()
     """For DICOM: one series per channel in the model's order; `images` is then the
     folder or archive that holds them."""
+    frame: int | None = None
+    """Which of the images' fourth axis is the case, from 0; None makes it channels."""
 
     def scan(self) -> Volume | tuple[Path, ...]:
-        """Give what a predictor takes: the volume of its series, or its files."""
+        """Give what a predictor takes: a volume of series or of a frame, or files."""
+        if self.frame is not None:
+            return read_case(self.images, frame=self.frame)
         return read_series(self.series) if self.series else self.images
 
 
@@ -60,6 +66,7 @@ def find_cases(
     *,
     which: Which = "all",
     series: Sequence[str] | None = None,
+    frames: bool = False,
 ) -> list[InputCase]:
     """List the cases that an input names.
 
@@ -79,6 +86,8 @@ def find_cases(
         channels: The model's channel names in order.
         which: Of a data set: all its cases, or only those with or without a label map.
         series: Of DICOM: number, description or UID of each channel's series.
+        frames: Take each frame of 4D files as a case of its own, CASE_frame_0 and so
+            on, instead of the fourth axis as channels.
 
     Returns:
         Cases sorted by id. A case that lacks a channel carries a `problem`.
@@ -90,6 +99,9 @@ def find_cases(
             isn't clear which DICOM series to take.
         BackendUnavailableError: It is DICOM, and no library is there to read it.
     """
+    if frames:
+        found = find_cases(source, channels, which=which, series=series)
+        return [frame for case in found for frame in _frames(case)]
     if not isinstance(source, (str, Path)):
         return _from_files([Path(path) for path in source], channels, which, series)
     path = Path(source)
@@ -108,6 +120,21 @@ def find_cases(
     if not cases:
         raise FormatError(_nothing(path, channels))
     return sorted(cases, key=lambda case: case.id)
+
+
+def _frames(case: InputCase) -> list[InputCase]:
+    """Part a case of 4D files into its frames; a broken one is reported when read."""
+    if case.problem is not None or case.series or case.frame is not None:
+        return [case]
+    try:
+        count = read_header(case.images[0]).channels
+    except SegMambaError:
+        return [case]
+    digits = len(str(count - 1))
+    return [
+        replace(case, id=f"{case.id}_frame_{frame:0{digits}}", frame=frame)
+        for frame in range(count)
+    ]
 
 
 def _from_files(
@@ -207,7 +234,7 @@ def _from_dataset(path: Path, channels: Sequence[str], which: Which) -> list[Inp
         "labelled": dataset.cases,
         "unlabelled": dataset.unlabelled,
     }
-    return [InputCase(case.id, case.images) for case in groups[which]]
+    return [InputCase(case.id, case.images, frame=case.frame) for case in groups[which]]
 
 
 def _from_dicom(

@@ -76,7 +76,8 @@ def _picture(
     reference = read_volume(pair.reference)
     image = _blank(reference.array[0])
     if case is not None:
-        image = read_case(case.images).array[-1 if channel is None else channel]
+        channels = read_case(case.images, frame=case.frame).array
+        image = channels[-1 if channel is None else channel]
     return Picture(
         title=pair.id,
         image=image,

@@ -221,6 +221,7 @@ def predict(
     overwrite: bool = False,
     postprocessing: bool = True,
     series: Sequence[str] | None = None,
+    frames: bool = False,
     dicom_seg: SegOutput | None = None,
     progress: Progress | None = None,
 ) -> PredictionSummary:
@@ -245,6 +246,7 @@ def predict(
         overwrite: Predict finished cases again.
         postprocessing: Do what the run's postprocessing.json says, if there is one.
         series: Of DICOM: number, description or UID of each channel's series.
+        frames: Segment each frame of 4D scans by itself.
         dicom_seg: Write <case>.dcm too, for scans that are DICOM.
         progress: Called with the windows done, all windows, and the case.
 
@@ -267,7 +269,7 @@ def predict(
             whole_volume=whole_volume,
             snapshots=snapshots,
         )
-        cases = find_cases(scans, predictor.channels, series=series)
+        cases = find_cases(scans, predictor.channels, series=series, frames=frames)
         return predict_cases(
             predictor,
             cases,

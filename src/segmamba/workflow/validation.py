@@ -125,7 +125,7 @@ def final_validation(
     """
     folder = run.fold(fold)
     held_out = [case for case in dataset.cases if case.id in set(case_ids)]
-    inputs = [InputCase(case.id, case.images) for case in held_out]
+    inputs = [InputCase(case.id, case.images, frame=case.frame) for case in held_out]
     predictor = load_model(
         run.root, device, fold, precision=precision, postprocessing=False
     )

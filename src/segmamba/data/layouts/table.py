@@ -1,4 +1,4 @@
-"""A CSV with one case a row: columns image (or image_0, image_1, ...) and label."""
+"""A CSV with one case a row: columns image (or image_0, ...), label, frame, id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segmamba.errors import FormatError, SegMambaError, describe
 from segmamba.io import read_header, strip_suffix
 from segmamba.types import JsonDict
 
-_IMAGE, _LABEL, _ID = "image", "label", "id"
+_IMAGE, _LABEL, _ID, _FRAME = "image", "label", "id", "frame"
 _MOST_LABELS = 256
 
 
@@ -43,7 +43,8 @@ def load_table(path: Path) -> Dataset:
 
     Args:
         path: The file. Columns: `id` (optional), `image` or several whose names begin
-            with image, and `label` (optional). Paths are relative to the file. A
+            with image, `label` (optional), and `frame` (optional): which of a 4D
+            image's frames is the case, from 0. Paths are relative to the file. A
             `dataset.json` beside it may give labels and channel_names; otherwise labels
             are the integers found in all label maps.
 
@@ -55,19 +56,21 @@ def load_table(path: Path) -> Dataset:
     """
     header, rows = _read_rows(path)
     columns = [name for name in header if name.lower().startswith(_IMAGE)]
-    label_column = next((name for name in header if name.lower() == _LABEL), None)
-    id_column = next((name for name in header if name.lower() == _ID), None)
+    label_column, id_column, frame_column = (
+        next((name for name in header if name.lower() == wanted), None)
+        for wanted in (_LABEL, _ID, _FRAME)
+    )
     if not columns:
         raise _bad(path, "a column image, or image_0, image_1, ...", ", ".join(header))
     if not rows:
         raise _bad(path, "one row a case", "no rows")
     files = [_row_files(row, columns, path) for row in rows]
+    frames = [_frame(row, frame_column, path) for row in rows]
     given = [row.get(id_column, "") if id_column else "" for row in rows]
+    names = _case_ids(given, files, frames, path.parent)
     cases = [
-        Case(id=name, images=images, label=_cell(row, label_column, path.parent))
-        for name, images, row in zip(
-            _case_ids(given, files, path.parent), files, rows, strict=True
-        )
+        Case(name, images, _cell(row, label_column, path.parent), frame)
+        for name, images, row, frame in zip(names, files, rows, frames, strict=True)
     ]
     labelled = [case for case in cases if case.label is not None]
     description = _description(path)
@@ -128,13 +131,25 @@ def _cell(row: dict[str, str], column: str | None, folder: Path) -> Path | None:
     return folder / PurePosixPath(text) if text else None
 
 
+def _frame(row: dict[str, str], column: str | None, path: Path) -> int | None:
+    text = row[column] if column else ""
+    if text and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise _bad(path, "whole numbers from 0 up in the column frame", repr(text))
+    return int(text) if text else None
+
+
 def _case_ids(
-    given: list[str], files: list[tuple[Path, ...]], folder: Path
+    given: list[str],
+    files: list[tuple[Path, ...]],
+    frames: list[int | None],
+    folder: Path,
 ) -> list[str]:
     """Take the ids given, else file names, else whole paths where names repeat."""
-    stems = [strip_suffix(images[0]) for images in files]
+    ends = ["" if frame is None else f"_frame_{frame}" for frame in frames]
+    pairs = list(zip(files, ends, strict=True))
+    stems = [strip_suffix(images[0]) + end for images, end in pairs]
     if max(Counter(stems).values()) > 1:
-        stems = [_path_id(images[0], folder) for images in files]
+        stems = [_path_id(images[0], folder) + end for images, end in pairs]
     return [name or stem for name, stem in zip(given, stems, strict=True)]
 
 
@@ -165,7 +180,8 @@ def _channels(
 def _channels_in_first_file(cases: list[Case]) -> int:
     for case in cases:
         try:
-            return read_header(case.images[0]).channels
+            header = read_header(case.images[0])
+            return header.channels if case.frame is None else 1
         except SegMambaError:
             continue
     return 1
