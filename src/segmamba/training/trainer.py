@@ -23,13 +23,13 @@ from segmamba.devices import (
     resolve_device,
 )
 from segmamba.errors import TrainingError
+from segmamba.lock import folder_lock
 from segmamba.ops.backends import warn_if_slow
 from segmamba.training.diagnosis import explain_interruption, explained, is_finite
 from segmamba.training.ema import WeightAverage, prediction_weights
 from segmamba.training.feed import Feed
 from segmamba.training.fold_folder import FoldFolder
 from segmamba.training.interrupt import Interrupt, Interrupted
-from segmamba.training.lock import folder_lock
 from segmamba.training.logger import RunLogger, overall_score
 from segmamba.training.optimizer import build_optimizer, set_learning_rate
 from segmamba.training.outcome import Outcome, send
@@ -158,7 +158,7 @@ class Trainer:
             TrainingError: Not-a-number, or an interruption (after saving).
         """
         place = self.folder.path
-        with folder_lock(place), explained(place, self.memory_hint):
+        with folder_lock(place, "training"), explained(place, self.memory_hint):
             self._begin(resume)
             if not self._is_settled():
                 self._run()

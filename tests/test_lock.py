@@ -1,4 +1,4 @@
-"""Two trainings never share a folder; a dead one blocks nobody."""
+"""Two trainings or predictions never share a folder; a dead one blocks nobody."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import sys
 import pytest
 
 from segmamba.errors import ConfigError
-from segmamba.training.lock import LOCK_NAME, folder_lock
+from segmamba.lock import folder_lock
 
 HOLD = """
 import sys, pathlib, time
-from segmamba.training.lock import folder_lock
-with folder_lock(pathlib.Path(sys.argv[1])):
+from segmamba.lock import folder_lock
+with folder_lock(pathlib.Path(sys.argv[1]), "training"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -30,28 +30,31 @@ def test_the_second_is_refused_until_the_first_is_killed(tmp_path):
         assert holder.stdout.readline().strip() == "held"
         with (
             pytest.raises(ConfigError, match=f"process {holder.pid} on "),
-            folder_lock(tmp_path),
+            folder_lock(tmp_path, "training"),
         ):
             pass
         holder.send_signal(signal.SIGKILL)
-    assert (tmp_path / LOCK_NAME).exists()
-    with folder_lock(tmp_path):
-        owner = json.loads((tmp_path / LOCK_NAME).read_text())
+    assert (tmp_path / "training.lock").exists()
+    with folder_lock(tmp_path, "training"):
+        owner = json.loads((tmp_path / "training.lock").read_text())
         assert owner["pid"] == os.getpid()
-    assert not (tmp_path / LOCK_NAME).exists()
+    assert not (tmp_path / "training.lock").exists()
 
 
 def test_no_lock_is_left_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), folder_lock(tmp_path / "run"):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        folder_lock(tmp_path / "run", "training"),
+    ):
         raise RuntimeError("stop")
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_the_same_process_is_refused_too(tmp_path):
     with (
-        folder_lock(tmp_path),
+        folder_lock(tmp_path, "training"),
         pytest.raises(ConfigError, match="another training"),
-        folder_lock(tmp_path),
+        folder_lock(tmp_path, "training"),
     ):
         pass
 
@@ -60,6 +63,6 @@ def test_a_file_in_place_of_the_folder_is_a_clear_error(tmp_path):
     (tmp_path / "run").write_text("")
     with (
         pytest.raises(ConfigError, match="can't write to this folder"),
-        folder_lock(tmp_path / "run"),
+        folder_lock(tmp_path / "run", "training"),
     ):
         pass

@@ -12,28 +12,26 @@ from pathlib import Path
 
 from segmamba.errors import ConfigError, describe
 
-LOCK_NAME = "training.lock"
-"""Name of the lock file in a run's folder."""
-
 _FAR = 1 << 30  # Windows locks a byte range: one far behind the text leaves it readable
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone.
+def folder_lock(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder for this process alone, for one kind of work.
 
     The operating system frees the lock when the process ends, however it ends, so a
     killed run never blocks the next one. A file system without locks is not guarded.
 
     Args:
         folder: Made if it is missing.
+        work: Such as "training"; the lock is the file `training.lock` in the folder.
 
     Raises:
         ConfigError: Another process writes to the folder (the text says which), or
             the folder can't be written to.
     """
-    path = folder / LOCK_NAME
+    path = folder / f"{work}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path)
@@ -109,7 +107,7 @@ def _held(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         found = "another process"
     return describe(
-        "another training writes to this folder",
+        f"another {path.stem} writes to this folder",
         found=found,
         file=path.parent,
         remedy="Wait for it, stop it, or choose another folder.",
