@@ -223,7 +223,10 @@ def _is_text(head: bytes) -> bool:
 
 
 def _raise_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
-    target = str(path.readlink()) if path.is_symlink() else ""
+    try:
+        target = str(path.readlink())
+    except (OSError, ValueError):  # no link
+        target = ""
     if "annex" in target and "objects" in target:
         raise FakeFileError(
             describe(
