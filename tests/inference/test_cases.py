@@ -88,7 +88,7 @@ def test_the_record_tells_all(folder, tmp_path):
     assert record["wanted"] == {
         "probabilities": False,
         "uncertainty": False,
-        "dicom_seg": None,
+        "dicom": [],
     }
     assert {"segmamba", "torch"} <= set(record["versions"])
     assert [case["status"] for case in record["cases"].values()] == [

@@ -63,6 +63,28 @@ def test_predict_writes_nifti_and_dicom_seg(
     assert dcmread(out / "scan7.dcm").SegmentationType == "LABELMAP"
 
 
+def test_predict_writes_rtstruct_beside_it(
+    project: Path, ball: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["predict", str(project / "run"), str(ball), "-o", str(out), "--no-mirror"]
+    assert cli.main([*words, "--dicom-seg", "--rtstruct", "--device", "cpu"]) == 0
+    data = dcmread(out / "scan7_rtstruct.dcm")
+    assert data.StructureSetROISequence[0].ROIName == "ball"
+    assert data.ROIContourSequence[0].ContourSequence
+    assert dcmread(out / "scan7.dcm").Modality == "SEG"
+    record = json.loads((out / "manifest.json").read_text())
+    assert record["wanted"]["dicom"] == ["BINARY", "RTSTRUCT"]
+    names = [row["path"] for row in record["cases"]["scan7"]["outputs"]]
+    assert names == ["scan7.nii.gz", "scan7.dcm", "scan7_rtstruct.dcm"]
+    (inputs,) = record["cases"]["scan7"]["inputs"]
+    assert inputs["files"] == 20
+    (out / "scan7_rtstruct.dcm").unlink()
+    file = tmp_path / "a.nii.gz"
+    assert cli.main([*words[:4], str(file), "--no-mirror", "--rtstruct"]) == 0
+    assert (tmp_path / "a_rtstruct.dcm").is_file()
+
+
 def _slice(path: Path) -> int:
     return int(dcmread(path).InstanceNumber)
 

@@ -57,8 +57,10 @@ class Predict:
     """Also write DICOM-SEG, for DICOM scans."""
     seg_type: Literal["BINARY", "LABELMAP"] = "BINARY"
     """Kind of DICOM-SEG; LABELMAP is smaller, but unknown to older viewers."""
+    rtstruct: FlagCreatePairsOff[bool] = False
+    """Also write RTSTRUCT (contours), for DICOM scans."""
     segments: Path | None = None
-    """JSON file of codes and colours of the labels in DICOM-SEG."""
+    """JSON file of codes and colours of the labels in DICOM-SEG and RTSTRUCT."""
     postprocessing: bool = True
     """Do what the run's postprocessing.json says, if there is one."""
 
@@ -69,7 +71,8 @@ class Predict:
         from segmamba.io.dicom_segments import load_descriptions
 
         described = load_descriptions(self.segments) if self.segments else {}
-        seg = SegOutput(self.seg_type, described) if self.dicom_seg else None
+        dicom = [SegOutput(self.seg_type, described)] if self.dicom_seg else []
+        dicom += [SegOutput("RTSTRUCT", described)] if self.rtstruct else []
         with ProgressDisplay() as progress:
             summary = workflow.predict(
                 self.run_folder,
@@ -87,7 +90,7 @@ class Predict:
                 overwrite=self.overwrite,
                 series=self.series,
                 frames=self.frames,
-                dicom_seg=seg,
+                dicom=dicom,
                 postprocessing=self.postprocessing,
                 progress=progress,
             )

@@ -76,7 +76,7 @@ def predict_cases(
     probabilities: bool = False,
     uncertainty: bool = False,
     which: Which = "all",
-    dicom_seg: SegOutput | None = None,
+    dicom: Sequence[SegOutput] = (),
     session: Session | None = None,
     progress: Progress | None = None,
 ) -> PredictionSummary:
@@ -99,7 +99,8 @@ def predict_cases(
         uncertainty: Write maps of uncertainty too; the manifest gets volumes with
             their spread and the Dice to be expected.
         which: Of a data set: all cases, or those with or without a label map.
-        dicom_seg: Write <case>.dcm too, for cases that are DICOM.
+        dicom: Write DICOM-SEG (<case>.dcm) or RTSTRUCT (<case>_rtstruct.dcm) too, for
+            cases that are DICOM.
         session: The command's call, for the manifest; None begins one here.
         progress: Called with cases done, their number, and case and window at work.
 
@@ -110,11 +111,11 @@ def predict_cases(
         FormatError: No case is found, or the folder can't be written to.
         ConfigError: Two cases have one name; the folder holds another model's
             predictions, or the file is there, and `overwrite` is off; or one file is
-            named for several cases; or `dicom_seg` is asked for other scans.
-        BackendUnavailableError: What writes DICOM-SEG isn't installed.
+            named for several cases; or `dicom` is asked for other scans.
+        BackendUnavailableError: What writes DICOM isn't installed.
     """
     cases = _cases(predictor, inputs, which)
-    extras = Extras(probabilities, uncertainty, dicom_seg)
+    extras = Extras(probabilities, uncertainty, tuple(dicom))
     extras.check(cases, predictor.scheme)
     folder = Path(out_folder)
     alone = is_scan(folder) and not folder.is_dir()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import ConfigError, SegMambaError, describe
@@ -17,6 +18,7 @@ from segmamba.io import (
     choose_series,
     list_series,
     make_segments,
+    write_dicom_rtstruct,
     write_dicom_seg,
 )
 from segmamba.io.dicom import check_one_grid, list_text
@@ -41,10 +43,11 @@ class DicomStudy:
 
 @dataclass(frozen=True)
 class SegOutput:
-    """How to write label maps as DICOM-SEG."""
+    """How to write label maps as DICOM."""
 
-    kind: SegType = "BINARY"
-    """"BINARY", or "LABELMAP" (smaller, but unknown to older viewers)."""
+    kind: SegType | Literal["RTSTRUCT"] = "BINARY"
+    """DICOM-SEG: "BINARY", or "LABELMAP" (smaller, but unknown to older viewers); or
+    "RTSTRUCT", contours."""
     described: Mapping[str, JsonDict] = field(default_factory=dict)
     """Codes and colours of labels, as `io.dicom_segments.make_segments` takes them."""
 
@@ -55,7 +58,8 @@ class SegOutput:
             BackendUnavailableError: highdicom isn't installed.
             ConfigError: A description fits no label, or is malformed.
         """
-        check_can_write()
+        if self.kind != "RTSTRUCT":
+            check_can_write()
         make_segments(named_values(scheme), self.described)
 
     def write(
@@ -73,7 +77,10 @@ class SegOutput:
             FormatError: The headers lack something, or the file can't be written.
         """
         segments = make_segments(named_values(scheme), self.described)
-        write_dicom_seg(path, label_map, series, segments, kind=self.kind)
+        if self.kind == "RTSTRUCT":
+            write_dicom_rtstruct(path, label_map, series, segments)
+        else:
+            write_dicom_seg(path, label_map, series, segments, kind=self.kind)
 
 
 def named_values(scheme: LabelScheme) -> dict[str, int]:

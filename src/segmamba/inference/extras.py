@@ -43,10 +43,10 @@ class CaseFiles:
             return folder / f"{stem}_{kind}{SUFFIX}"
         return folder / kind / f"{stem}{SUFFIX}"
 
-    @property
-    def segmentation(self) -> Path:
-        """The DICOM-SEG."""
-        return self.label_map.with_name(f"{strip_suffix(self.label_map)}.dcm")
+    def dicom(self, output: SegOutput) -> Path:
+        """Name a DICOM-SEG, <case>.dcm, or RTSTRUCT, <case>_rtstruct.dcm."""
+        ending = "_rtstruct.dcm" if output.kind == "RTSTRUCT" else ".dcm"
+        return self.label_map.with_name(strip_suffix(self.label_map) + ending)
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Extras:
     """Softmax or sigmoid maps."""
     uncertainty: bool = False
     """Maps of entropy, mutual information and confidence."""
-    dicom_seg: SegOutput | None = None
-    """DICOM-SEG, for scans that are DICOM."""
+    dicom: tuple[SegOutput, ...] = ()
+    """DICOM-SEG and RTSTRUCT, for scans that are DICOM."""
 
     def describe(self) -> JsonDict:
         """Give what was wanted, for the manifest."""
         return {
             "probabilities": self.probabilities,
             "uncertainty": self.uncertainty,
-            "dicom_seg": None if self.dicom_seg is None else self.dicom_seg.kind,
+            "dicom": [output.kind for output in self.dicom],
         }
 
     def check(self, cases: Sequence[InputCase], scheme: LabelScheme) -> None:
@@ -76,20 +76,19 @@ class Extras:
                 segments fits no label.
             BackendUnavailableError: What writes DICOM isn't installed.
         """
-        if self.dicom_seg is None:
-            return
         others = [case for case in cases if not case.series and case.problem is None]
-        if others:
+        if others and self.dicom:
             raise ConfigError(
                 describe(
-                    "only what was DICOM can be written as DICOM-SEG",
+                    "only what was DICOM can be written as DICOM",
                     expected="a folder or archive of DICOM series",
                     found=f"case {others[0].id}",
                     file=others[0].images[0] if others[0].images else None,
-                    remedy="Leave out --dicom-seg.",
+                    remedy="Leave out --dicom-seg and --rtstruct.",
                 )
             )
-        self.dicom_seg.check(scheme)
+        for output in self.dicom:
+            output.check(scheme)
 
     def write(
         self,
@@ -114,10 +113,9 @@ class Extras:
             written.append(found.save_probabilities(files.map("probabilities")))
         for kind in MAPS if self.uncertainty else ():
             written.append(found.save_uncertainty(files.map(kind), kind))
-        if self.dicom_seg is not None:
-            path, series = files.segmentation, case.series[0]
-            self.dicom_seg.write(path, found.label_map, series, scheme)
-            written.append(path)
+        for output in self.dicom:
+            written.append(files.dicom(output))
+            output.write(written[-1], found.label_map, case.series[0], scheme)
         return written
 
     def is_done(self, case: InputCase, files: CaseFiles) -> bool:
@@ -127,7 +125,7 @@ class Extras:
         maps = [files.label_map]
         maps += [files.map("probabilities")] if self.probabilities else []
         maps += [files.map(kind) for kind in MAPS] if self.uncertainty else []
-        others = [files.segmentation] if self.dicom_seg is not None else []
+        others = [files.dicom(output) for output in self.dicom]
         if not all(path.is_file() for path in (*maps, *others)):
             return False
         try:

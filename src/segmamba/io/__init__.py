@@ -8,6 +8,7 @@ from segmamba.io.dicom import (
     read_series,
 )
 from segmamba.io.dicom_files import holds_dicom, is_archive
+from segmamba.io.dicom_rtstruct import write_dicom_rtstruct
 from segmamba.io.dicom_seg import write_dicom_seg
 from segmamba.io.dicom_segments import Segment, make_segments
 from segmamba.io.formats import SCAN_SUFFIXES, is_scan, strip_suffix
@@ -43,6 +44,7 @@ __all__ = [
     "read_series",
     "read_volume",
     "strip_suffix",
+    "write_dicom_rtstruct",
     "write_dicom_seg",
     "write_label_map",
     "write_volume",

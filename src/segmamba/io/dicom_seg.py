@@ -88,8 +88,8 @@ def write_dicom_seg(
             )
         )
     numbers = _numbered(label_map, segments)
-    sources = _sources(series)
-    with _composing(series, path), atomic_path(path) as temporary:
+    sources = source_headers(series)
+    with composing("a DICOM-SEG", series, path), atomic_path(path) as temporary:
         _compose(numbers, series, sources, segments, kind).save_as(temporary)
 
 
@@ -111,8 +111,18 @@ def _numbered(label_map: Array, segments: Sequence[Segment]) -> Array:
     return numbers
 
 
-def _sources(series: DicomSeries) -> list[Any]:
-    """Read the headers again: one for each slice in order, or one of all frames."""
+def source_headers(series: DicomSeries) -> list[Any]:
+    """Read a series' headers again, with empty tags where anonymisation took them out.
+
+    Args:
+        series: The series.
+
+    Returns:
+        A pydicom data set for each slice in order, or one of all frames.
+
+    Raises:
+        FormatError: The series is of several multi-frame files.
+    """
     opened = open_files(series.files)
     read = {file: read_dataset(file, stream) for file, stream in opened}
     for data in read.values():
@@ -198,7 +208,17 @@ def _highdicom() -> Any:
 
 
 @contextlib.contextmanager
-def _composing(series: DicomSeries, path: Path | str) -> Iterator[None]:
+def composing(what: str, series: DicomSeries, path: Path | str) -> Iterator[None]:
+    """Turn whatever a DICOM library raises while it writes into one error.
+
+    Args:
+        what: What is written, with its article.
+        series: What it refers to.
+        path: The file.
+
+    Raises:
+        FormatError: In place of the library's error.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -208,7 +228,7 @@ def _composing(series: DicomSeries, path: Path | str) -> Iterator[None]:
     except OSError as error:
         raise FormatError(
             describe(
-                "can't write a DICOM-SEG",
+                f"can't write {what}",
                 found=error.strerror or type(error).__name__,
                 file=path,
                 remedy="Check the folder's rights and the space on the disk.",
@@ -217,7 +237,7 @@ def _composing(series: DicomSeries, path: Path | str) -> Iterator[None]:
     except Exception as error:  # highdicom raises nearly every type there is
         raise FormatError(
             describe(
-                "can't make a DICOM-SEG of this series",
+                f"can't make {what} of this series",
                 expected=f"the headers of a whole study in {series.name}",
                 found=f"{type(error).__name__} ({str(error)[:300]})",
                 file=series.source,

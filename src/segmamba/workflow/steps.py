@@ -222,7 +222,7 @@ def predict(
     postprocessing: bool = True,
     series: Sequence[str] | None = None,
     frames: bool = False,
-    dicom_seg: SegOutput | None = None,
+    dicom: Sequence[SegOutput] = (),
     progress: Progress | None = None,
 ) -> PredictionSummary:
     """Segment scans with a trained run and write label maps.
@@ -247,7 +247,7 @@ def predict(
         postprocessing: Do what the run's postprocessing.json says, if there is one.
         series: Of DICOM: number, description or UID of each channel's series.
         frames: Segment each frame of 4D scans by itself.
-        dicom_seg: Write <case>.dcm too, for scans that are DICOM.
+        dicom: Write DICOM-SEG or RTSTRUCT too, for scans that are DICOM.
         progress: Called with the windows done, all windows, and the case.
 
     Returns:
@@ -277,7 +277,7 @@ def predict(
             overwrite=overwrite,
             probabilities=probabilities,
             uncertainty=uncertainty,
-            dicom_seg=dicom_seg,
+            dicom=dicom,
             session=session,
             progress=staged(progress, "predicting"),
         )
