@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from segmamba.errors import GeometryError, describe
 from segmamba.nn.blocks import TokenMlp, gated_spatial_convolution
 from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
-from segmamba.ops import mamba_mixer
+from segmamba.ops import mamba_mixer, token_norm
 from segmamba.types import Size3
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 0.1, 1e-4
@@ -233,7 +233,11 @@ class MambaLayer(nn.Module):
         x = self.gsc(x)
         size = (x.shape[2], x.shape[3], x.shape[4])
         tokens = volume_to_tokens(x)
-        tokens = tokens + self.mixer(self.norm(tokens), size)
+        tokens = tokens + self.mixer(_norm(self.norm, tokens), size)
         if self.mlp is not None and self.mlp_norm is not None:
-            tokens = tokens + self.mlp(self.mlp_norm(tokens))
+            tokens = tokens + self.mlp(_norm(self.mlp_norm, tokens))
         return tokens_to_volume(tokens, size)
+
+
+def _norm(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
+    return token_norm(tokens, norm.weight, norm.bias, norm.eps)

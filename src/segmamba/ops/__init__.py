@@ -6,6 +6,7 @@ from segmamba.ops.convolution3d import conv3d
 from segmamba.ops.mixer import mamba_mixer
 from segmamba.ops.norm import instance_norm
 from segmamba.ops.scan import selective_scan
+from segmamba.ops.token_norm import token_norm
 from segmamba.ops.tri_orientated import tri_orientated_scan
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "instance_norm",
     "mamba_mixer",
     "selective_scan",
+    "token_norm",
     "tri_orientated_scan",
 ]
