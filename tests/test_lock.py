@@ -66,3 +66,17 @@ def test_a_file_in_place_of_the_folder_is_a_clear_error(tmp_path):
         folder_lock(tmp_path / "run", "training"),
     ):
         pass
+
+
+def test_a_full_disk_neither_breaks_the_lock_nor_leaves_it(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with (
+        folder_lock(tmp_path, "training"),
+        pytest.raises(ConfigError, match="found another process"),
+        folder_lock(tmp_path, "training"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -41,6 +42,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno is None:  # numpy's, which says how much of it was written
+            text = f"a write stopped short ({error})"
+            raise OSError(errno.ENOSPC, text, str(path)) from error
         # A full disk names no file, and the temporary one means nothing to a user.
         if error.filename is None or PREFIX in str(error.filename):
             error.filename = str(path)

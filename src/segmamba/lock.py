@@ -94,10 +94,12 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _sign(descriptor: int) -> None:
+    """Write down who holds the lock; on a full disk, the lock holds unsigned."""
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, text.encode())
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, text.encode())
 
 
 def _held(path: Path) -> str:

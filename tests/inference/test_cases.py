@@ -13,7 +13,7 @@ import torch
 from segmamba.config import NetworkConfig
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan
-from segmamba.errors import ConfigError, FormatError
+from segmamba.errors import ConfigError
 from segmamba.inference.cases import InputCase, predict_cases
 from segmamba.inference.predictor import Predictor
 
@@ -224,5 +224,5 @@ def test_one_name_for_two_scans(folder, tmp_path):
 
 def test_a_folder_that_cannot_be_made(folder, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(FormatError, match="can't write to the folder"):
+    with pytest.raises(ConfigError, match="can't write to this folder"):
         predict_cases(make_predictor(), folder, tmp_path / "file")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from segmamba.inference.record import (
 )
 from segmamba.inference.sliding_window import Progress
 from segmamba.io import is_scan
+from segmamba.lock import folder_lock
 from segmamba.manifest import NAME, Session, manifest_path
 from segmamba.types import JsonDict
 
@@ -108,10 +110,11 @@ def predict_cases(
         What was done, skipped and failed. A broken case doesn't stop the others.
 
     Raises:
-        FormatError: No case is found, or the folder can't be written to.
-        ConfigError: Two cases have one name; the folder holds another model's
-            predictions, or the file is there, and `overwrite` is off; or one file is
-            named for several cases; or `dicom` is asked for other scans.
+        FormatError: No case is found, or the manifest can't be written.
+        ConfigError: Two cases have one name; the folder can't be written to, another
+            prediction writes to it, or it holds another model's predictions, or the
+            file is there, and `overwrite` is off; or one file is named for several
+            cases; or `dicom` is asked for other scans.
         BackendUnavailableError: What writes DICOM isn't installed.
     """
     cases = _cases(predictor, inputs, which)
@@ -121,28 +124,29 @@ def predict_cases(
     alone = is_scan(folder) and not folder.is_dir()
     if alone:
         _check_file(folder, cases, overwrite)
-    record = PredictionRecord.open(
-        manifest_path(folder) if alone else folder / NAME,
-        predictor,
-        session or Session("predict"),
-        extras.describe(),
-        overwrite=overwrite or alone,
-    )
     results: list[CaseResult] = []
-    for index, case in enumerate(cases):
-        files = CaseFiles(folder if alone else folder / f"{case.id}{SUFFIX}", alone)
-        if not overwrite and extras.is_done(case, files):
-            result = CaseResult(
-                *(case.id, "skipped", case.images, files.label_map),
-                facts={} if case.id in record.cases else _facts_of_skipped(case),
-            )
-        else:
-            steps = _Steps(progress, index, len(cases))
-            result = _predict_case(predictor, case, files, extras, steps)
-        results.append(result)
-        record.add(result)
-        if progress is not None:
-            progress(index + 1, len(cases), case.id)
+    with nullcontext() if alone else folder_lock(folder, "prediction"):
+        record = PredictionRecord.open(
+            manifest_path(folder) if alone else folder / NAME,
+            predictor,
+            session or Session("predict"),
+            extras.describe(),
+            overwrite=overwrite or alone,
+        )
+        for index, case in enumerate(cases):
+            files = CaseFiles(folder if alone else folder / f"{case.id}{SUFFIX}", alone)
+            if not overwrite and extras.is_done(case, files):
+                result = CaseResult(
+                    *(case.id, "skipped", case.images, files.label_map),
+                    facts={} if case.id in record.cases else _facts_of_skipped(case),
+                )
+            else:
+                steps = _Steps(progress, index, len(cases))
+                result = _predict_case(predictor, case, files, extras, steps)
+            results.append(result)
+            record.add(result)
+            if progress is not None:
+                progress(index + 1, len(cases), case.id)
     return PredictionSummary(tuple(results))
 
 
