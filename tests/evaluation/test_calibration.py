@@ -58,12 +58,12 @@ def test_certainty_is_in_the_last_bin_and_nothing_has_no_error():
     assert found.ece == 0
 
 
-def test_labelled_voxels_are_those_of_either_label_map():
+def test_labelled_voxels_are_those_of_the_prediction():
     prediction = np.array([0, 0, 1, 1, 2])[:, None, None]
     reference = np.array([0, 1, 1, 0, 1])[:, None, None]
     sure = np.array([0.9, 0.8, 0.7, 0.6, 0.5])[:, None, None]
     found = reliability_of_case(prediction, reference, sure)
-    assert found["labelled"].voxels.sum() == 4
+    assert found["labelled"].voxels.sum() == 3
     assert found["labelled"].right.sum() == 1
     assert found["all"].voxels.sum() == 5
     assert found["all"].right.sum() == 2

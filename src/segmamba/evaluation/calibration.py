@@ -17,7 +17,8 @@ BINS = 15
 ICML 2017 (arXiv 1706.04599)."""
 
 AREAS = ("labelled", "all")
-"""Voxels that count: where prediction or reference have a label, or all there are."""
+"""Voxels that count: those to which the prediction gives a label, or all there are. To
+take those of the reference too would choose errors, and make any model look boastful."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ def reliability_of_case(
     Returns:
         One for each of `AREAS`.
     """
-    right, labelled = prediction == reference, (prediction != 0) | (reference != 0)
+    right, labelled = prediction == reference, prediction != 0
     found = {area: Reliability() for area in AREAS}
     found["labelled"].add(confidence[labelled], right[labelled])
     found["all"].add(confidence.ravel(), right.ravel())

@@ -30,8 +30,8 @@ def calibrate(
         references: As given to `evaluate_folder`.
 
     Returns:
-        "reliability": for the voxels that have a label in prediction or reference, and
-        for all, their ECE and bins; "scores": what `describe_scores` gives.
+        "reliability": for the voxels to which the prediction gives a label, and for
+        all, their ECE and bins; "scores": what `describe_scores` gives.
 
     Raises:
         FormatError: A prediction was made without uncertainty.
