@@ -19,7 +19,7 @@ from segmamba.checkpoint import load_model_file
 from segmamba.config import AnyNetworkConfig, TrainConfig, from_dict, load_yaml
 from segmamba.data.cache import Cache, build_cache
 from segmamba.data.dataset import Dataset
-from segmamba.data.memory import training_memory_mib
+from segmamba.data.memory import device_memory_mib
 from segmamba.data.plan import Plan, plan_hash
 from segmamba.data.sampler import PatchSampler
 from segmamba.data.splits import Split
@@ -34,6 +34,7 @@ from segmamba.training.results import TrainResult
 from segmamba.training.trainer import Trainer
 from segmamba.types import JsonDict
 from segmamba.workflow.folder import Progress, RunFolder, staged
+from segmamba.workflow.memory_hint import Step, memory_hint
 from segmamba.workflow.snapshots import snapshot_keeper
 from segmamba.workflow.training_record import (
     SETTINGS,
@@ -235,17 +236,15 @@ class FoldTraining:
         return self.config.batch_size or self.plan.batch_size
 
     def _memory_hint(self) -> str:
-        """Say what a step should take and where to make it less."""
-        patch, network = self.plan.patch_size, self.plan.network
-        expected = training_memory_mib(
-            network, patch, self._batch_size, self.device.type
-        )
-        lower = "batch_size or " if self._batch_size > 1 else ""
-        less = "" if network.checkpointing else ", set network.checkpointing to true"
-        return (
-            f"A step with patches of {' x '.join(map(str, patch))} voxels and a batch "
-            f"of {self._batch_size} should take {expected:.0f} MiB: lower {lower}"
-            f"patch_size in {self.run.plan}{less}, or close other programs."
+        """Say what a step should take, and which number to change to which."""
+        kind, patch = self.device.type, self.plan.patch_size
+        step = Step(self.network_config, patch, self._batch_size, kind)
+        is_set = self._batch_size != self.plan.batch_size
+        return memory_hint(
+            step,
+            device_memory_mib(str(self.device)),
+            self.run.plan,
+            "the settings' section train" if is_set else "",
         )
 
 
