@@ -202,3 +202,16 @@ INLINE float softplus(float x) {
     float small = raised < 0.03125f ? series : LN2 * log2_fast(1.0f + raised);
     return x > 20.0f ? x : small;
 }
+
+// --- sums over a warp ----------------------------------------------------------------
+
+// Sum pairs of values with the lane across: a thread keeps the half that its bit names.
+template <int COUNT> INLINE void fold(float *values, int bit) {
+    bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+        float away = high ? values[i] : values[i + COUNT / 2];
+        float here = high ? values[i + COUNT / 2] : values[i];
+        values[i] = here + __shfl_xor_sync(0xffffffffu, away, bit);
+    }
+}

@@ -187,17 +187,6 @@ INLINE void take_up(float (*state)[ACROSS], const Shared &m, const Square &q, in
     }
 }
 
-// Sum pairs of values with the lane across: a thread keeps the half that its bit names.
-template <int COUNT> INLINE void fold(float *values, int bit) {
-    bool high = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; i++) {
-        float away = high ? values[i] : values[i + COUNT / 2];
-        float here = high ? values[i + COUNT / 2] : values[i];
-        values[i] = here + __shfl_xor_sync(0xffffffffu, away, bit);
-    }
-}
-
 // Gradients of the thread's own channel, over its block's chunks.
 struct Sums {
     float skip, bias;
