@@ -125,8 +125,8 @@ def check_network(
 ) -> bool:
     """Compare the network with its float64 copy on a small volume.
 
-    The copy's scans are done by the back end "chunked", in float64, on the CPU. The
-    network is compared at the benchmark's precision and in float32, where limits are
+    The copy's scans are done by the back end "chunked", in plain PyTorch. The network
+    is compared at the benchmark's precision and in float32, where limits are
     narrow.
 
     Args:
@@ -172,11 +172,13 @@ class _Truth:
         size = QUICK_CHECK_SIZE if settings.quick else CHECK_SIZE
         self.volume = draw_volume(settings, 1, size)
         self.target = draw_target(settings, 1, size)
-        exact = float64_copy(network, "chunked").train(training)
+        # On the GPU itself, which CPUs would keep waiting for minutes.
+        place = settings.place if settings.place.type == "cuda" else "cpu"
+        exact = float64_copy(network, "chunked", place).train(training)
         with torch.set_grad_enabled(training):
-            logits = exact(self.volume.cpu().double())
+            logits = exact(self.volume.to(place).double())
         if training:
-            F.cross_entropy(logits, self.target.cpu()).backward()
+            F.cross_entropy(logits, self.target.to(place)).backward()
             self.gradients = _gradients(exact)
         self.logits = logits.detach()
 
