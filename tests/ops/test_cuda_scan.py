@@ -205,7 +205,7 @@ def test_mixer_of_any_length(length, sizes, dtype, poison):
 
 
 def test_blocks_take_several_chunks(monkeypatch, poison):
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     check_mixer(51, (20, 40, 16, 2), ((3, True),))
 
 

@@ -82,7 +82,8 @@ def order_table(orders: tuple[tuple[int, bool], ...], device: torch.device) -> T
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; one where the tests' emulator plays it."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -394,7 +395,7 @@ def _gradients(
 def _blocks(scan: Scan, cut: _Cut) -> int:
     """Blocks along the chunks: as many as are at work at once, each with the like."""
     others = scan.groups * cut.parts * scan.rows
-    room = max(1, cut.resident * _multiprocessors(scan.u.device) // others)
+    room = max(1, cut.resident * multiprocessors(scan.u.device) // others)
     return ceil_divide(scan.chunks, ceil_divide(scan.chunks, room))
 
 
