@@ -134,12 +134,51 @@ def measured(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+BRIEFLY = (
+    ("volume", "160x240x240", "inference", "one 240x240x160 volume in a single pass"),
+    ("layer", "stage 1, batch 1", "forward", "three-directional layer, 262 144 tokens"),
+    ("layer", "stage 1, batch 1", "forward+backward", "the same with its gradients"),
+)
+"""Benchmark, case and step of the rows that README shows, and what it calls them."""
+
+
+def gpu_brief() -> str:
+    """A few rows of what was measured on a GPU."""
+    lines = [
+        "| on one H100, bf16 | ms | peak MiB | command |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, case, mode, title in BRIEFLY:
+        rows = load(f"gpu_{name}")["measurements"]
+        row = next(r for r in rows if (r["case"], r["mode"]) == (case, mode))
+        figures = f"{row['median_ms']:.2f} | {row['peak_mib']:.0f}"
+        lines.append(f"| {title} | {figures} | `segmamba benchmark {name}` |")
+    return "\n".join(lines) + "\n"
+
+
+def equal_minutes() -> str:
+    """What was tried in 240 s on a GPU, the best first."""
+    lines = [
+        "| settings | steps | ms a step | Anterior | Posterior | mean Dice |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in load("hippocampus-gpu")["rows"]:
+        dice = row["dice"]
+        lines.append(
+            f"| {row['name']} | {row['steps']} | {row['ms_per_step']:.1f} | "
+            f"{dice['Anterior']:.3f} | {dice['Posterior']:.3f} | {row['mean_dice']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 MEASURED = ("layer", "network", "volume", "size", "scan", "predict", "efficiency")
 
 TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: scores(SCORED),
     "brief": lambda: scores(BRIEF),
     "cpu-ratios": cpu_ratios,
+    "gpu-brief": gpu_brief,
+    "hippocampus-gpu": equal_minutes,
     "light-tuning-first": lambda: tuning("light-tuning-first"),
     "light-tuning": lambda: tuning("light-tuning"),
     **{f"gpu-{name}": partial(measured, f"gpu_{name}") for name in MEASURED},
