@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +24,26 @@ cuda_is_emulated = False
 _log = logging.getLogger(__name__)
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_for_compilers(function: Function) -> Function:
+    """Say that a function answers the same while a program runs.
+
+    Does what `torch.compiler.assume_constant_result` does, which imports all of the
+    compiler for this one mark: a third of the time in which this package is imported.
+
+    Args:
+        function: Not to be traced.
+
+    Returns:
+        The same function.
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def _numba_status() -> str:
     try:
@@ -31,7 +53,7 @@ def _numba_status() -> str:
     return "available"
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compilers
 def _numba_is_available() -> bool:
     return _numba_status() == "available"
 
@@ -192,7 +214,7 @@ def why_not_on(device: torch.device) -> str:
     return "" if status == "available" else status
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compilers
 def _constant_cuda_status() -> str:
     return cuda_status()
 
