@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmamba.nn.folding import folded_convolution
-from segmamba.nn.layout import tokens_to_volume, volume_to_tokens
 from segmamba.ops import conv3d, instance_norm
 from segmamba.ops.convolution3d import convolves_parts
+from segmamba.ops.remade import norm_conv3d, norm_project, project_voxels, remakes
 from segmamba.types import Size3
 
 FOLDED_CHANNELS = 8
@@ -47,16 +47,7 @@ class Projection(nn.Conv3d):
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         """Map (B, C, D, H, W), and perhaps (B, C', D, H, W), to (B, O, D, H, W)."""
-        if other is None:
-            return super().forward(input)
-        weight, size = self.weight.flatten(1), input.shape[2:]
-        first, second = weight.split([input.shape[1], other.shape[1]], dim=1)
-        rows = F.linear(volume_to_tokens(input), first)
-        others = volume_to_tokens(other).flatten(0, 1)
-        rows = torch.addmm(rows.flatten(0, 1), others, second.t())
-        return tokens_to_volume(
-            rows.unflatten(0, (input.shape[0], -1)), (size[0], size[1], size[2])
-        )
+        return project_voxels(input, self.weight, other)
 
 
 class VoidBiasConvolution(nn.Conv3d):
@@ -114,13 +105,23 @@ class ResidualBlock(nn.Module):
             x: Features.
             other: Features whose channels follow x's; not where the shortcut is x.
         """
-        y = self.conv2(instance_norm(self.conv1(x, other), activation="leaky_relu"))
+        y = _convolve_normed(self.conv2, self.conv1(x, other), "leaky_relu")
         if self.conv3 is None:
             return instance_norm(y, activation="leaky_relu", residual=x)
+        weight = self.conv3.weight
+        if remakes(y, weight):
+            return norm_project(y, x, weight, other, activation="leaky_relu")
         shortcut, join = self.conv3(x, other), "normed"
         if not x.is_cuda:  # one map less in memory, for no more time
             shortcut, join = instance_norm(shortcut), "before"
         return instance_norm(y, activation="leaky_relu", residual=shortcut, join=join)
+
+
+def _convolve_normed(convolution: nn.Conv3d, x: Tensor, activation: str) -> Tensor:
+    """Norm, activate, then convolve with a kernel of 3x3x3."""
+    if remakes(x, convolution.weight):
+        return norm_conv3d(x, convolution.weight, activation=activation)
+    return convolution(instance_norm(x, activation=activation))
 
 
 class ConvolutionBlock(nn.Module):
@@ -214,7 +215,8 @@ class GatedSpatialConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, D, H, W) to the same shape."""
-        spatial = _unit(self.spatial2, _unit(self.spatial1, x))
+        y = _convolve_normed(self.spatial2, self.spatial1(x), "relu")
+        spatial = instance_norm(y, activation="relu")
         if self.product:
             joined = spatial * _unit(self.gate, x)
         else:

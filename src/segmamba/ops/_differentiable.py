@@ -47,7 +47,7 @@ def differentiable(
             return gradients(ctx, *grads)
 
     def call(*inputs: Any) -> Any:
-        if _is_traced(inputs):
+        if is_traced(inputs):
             return operator(*inputs)
         return (Direct.apply if torch.is_grad_enabled() else implementation)(*inputs)
 
@@ -66,7 +66,7 @@ def direct_or(operator: Any, implementation: Callable[..., Any]) -> Callable[...
     """
 
     def call(*inputs: Any) -> Any:
-        return operator(*inputs) if _is_traced(inputs) else implementation(*inputs)
+        return operator(*inputs) if is_traced(inputs) else implementation(*inputs)
 
     return call
 
@@ -74,8 +74,12 @@ def direct_or(operator: Any, implementation: Callable[..., Any]) -> Callable[...
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_traced(inputs: tuple[Any, ...]) -> bool:
-    """Whether a compiler or a transform looks on, or an input is no plain tensor."""
+def is_traced(inputs: tuple[Any, ...]) -> bool:
+    """Say whether a compiler or a transform looks on, or an input is no plain tensor.
+
+    Args:
+        inputs: Of an operator.
+    """
     if torch.compiler.is_compiling():
         return True
     for x in inputs:

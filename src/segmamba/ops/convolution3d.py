@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.ops._differentiable import differentiable, direct_or
-from segmamba.ops.backends import why_not_on
+from segmamba.ops.backends import constant_for_compilers, why_not_on
 
 FEWEST_VOXELS = 100_000
 """Of a batch: smaller maps cuDNN convolves in no time."""
@@ -78,7 +78,7 @@ def _takes_kernel(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compilers
 def _pays(inputs: int, outputs: int) -> bool:
     """Whether the kernel does these channels, and faster than cuDNN."""
     from segmamba.ops._cuda.conv3d import launches
@@ -88,12 +88,63 @@ def _pays(inputs: int, outputs: int) -> bool:
     return 0 < launches(inputs, outputs) <= MOST_LAUNCHES
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compilers
 def _is_hopper(device: torch.device) -> bool:
     """Whether a GPU has the instructions; where kernels are emulated, all are there."""
     if device.type != "cuda":
         return True
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# --- for operators that convolve among other things -----------------------------------
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve as `conv3d` does, in x's type, and unseen by autograd.
+
+    Args:
+        x: Features.
+        weight: Kernel, of any type.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if _takes_kernel(x, weight, None):
+            return _forward(x, weight, None)
+        return F.conv3d(x, weight.to(x.dtype), padding=1)
+
+
+def convolution_gradients(
+    grad: Tensor, x: list[Tensor], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Differentiate `convolve`.
+
+    Args:
+        grad: Of the result.
+        x: The features alone; taken out of the list, and freed as soon as can be.
+        weight: Kernel, of any type.
+
+    Returns:
+        Gradients of the features and of the kernel.
+    """
+    features = x.pop()
+    with torch.autocast(features.device.type, enabled=False):
+        if not _takes_kernel(features, weight, None):
+            of_x, of_weight = _gradients_by_torch(grad, features, weight)
+            return of_x, of_weight.to(weight.dtype)
+        grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+        of_weight = _weight_gradient(grad, features, None).to(weight.dtype)
+        del features
+        return _input_gradients(grad, weight, weight.shape[1])[0], of_weight
+
+
+def _gradients_by_torch(
+    grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    ones = [1, 1, 1]
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        *(grad, x, weight.to(x.dtype), None, ones, ones, ones, False, [0, 0, 0], 1),
+        [True, True, False],
+    )
+    return of_x, of_weight
 
 
 # --- operators ------------------------------------------------------------------------

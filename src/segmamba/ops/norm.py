@@ -20,8 +20,8 @@ SLOPE = 0.01
 
 _ACTIVATIONS = (None, "relu", "leaky_relu")
 _JOINS = ("before", "normed", "after")
-_NORMED, _AFTER = 2, 3
-"""Numbers of joins for the operator below; 0 is no residual."""
+NORMED, _AFTER = 2, 3
+"""Numbers of joins for the operators below; 0 is no residual."""
 
 _BACKENDS = ("auto", "reference", "cuda")
 _CHANNELS_LAST = torch.channels_last_3d
@@ -72,11 +72,21 @@ def instance_norm(
     _check_shapes(x, residual)
     if not _takes_cuda(x, residual, backend):
         return _reference(x, activation, residual, join, slope, eps)
-    factor = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
+    factor = negative_slope(activation, slope)
     code = 0 if residual is None else 1 + _JOINS.index(join)
     if residual is not None:
         residual = residual.contiguous(memory_format=_CHANNELS_LAST)
     return _fused_norm(x, residual, code, factor, float(eps))[0]
+
+
+def negative_slope(activation: str | None, slope: float = SLOPE) -> float:
+    """Give the slope below 0 of a known activation; `slope` is the leaky ReLU's."""
+    return {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
+
+
+def has_kernels_for(x: Tensor) -> bool:
+    """Say whether an instance norm of x on its own is done by kernels of ours."""
+    return x.is_cuda and not _why_not_cuda(x, None)
 
 
 def _check_names(activation: str | None, join: str, backend: str) -> None:
@@ -196,15 +206,23 @@ def _result_type(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _forward(
+def norm_forward(
     x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """Normalise, join a residual, activate; as `_cuda.norm.norm`."""
     from segmamba.ops._cuda import norm
 
     return norm.norm(x, residual, join, slope, eps, _result_type(x, residual))
 
 
-def _backward(
+def norm_again(x: Tensor, stats: Tensor, slope: float, eps: float) -> Tensor:
+    """Give the result for x alone again; as `_cuda.norm.norm_again`."""
+    from segmamba.ops._cuda import norm
+
+    return norm.norm_again(x, stats, slope, eps)
+
+
+def norm_backward(
     grad: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -212,8 +230,10 @@ def _backward(
     join: int,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `norm_forward`; as `_cuda.norm.norm_backward`."""
     from segmamba.ops._cuda import norm
 
+    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
     return norm.norm_backward(grad, x, residual, stats, join, slope)
 
 
@@ -222,12 +242,12 @@ def fused_norm(
     x: Tensor, residual: Tensor | None, join: int, slope: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Normalise, join a residual, activate; as `_cuda.norm.norm`."""
-    return _forward(x, residual, join, slope, eps)
+    return norm_forward(x, residual, join, slope, eps)
 
 
 @fused_norm.register_fake
 def _(x, residual, join, slope, eps):
-    kinds = 4 if join == _NORMED else 2
+    kinds = 4 if join == NORMED else 2
     stats = x.new_empty((*x.shape[:1], kinds, x.shape[1]), dtype=torch.float32)
     return torch.empty_like(x, dtype=_result_type(x, residual)), stats
 
@@ -242,7 +262,7 @@ def fused_norm_backward(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `fused_norm`; as `_cuda.norm.norm_backward`."""
-    return _backward(grad, x, residual, stats, join, slope)
+    return norm_backward(grad, x, residual, stats, join, slope)
 
 
 @fused_norm_backward.register_fake
@@ -251,7 +271,7 @@ def _(grad, x, residual, stats, join, slope):
     return torch.empty_like(x), empty
 
 
-_fused_norm_backward = direct_or(fused_norm_backward, _backward)
+_fused_norm_backward = direct_or(fused_norm_backward, norm_backward)
 
 
 def _norm_context(ctx, inputs, output):
@@ -273,4 +293,4 @@ def _norm_gradients(ctx, grad, _):
     return grad_x, None if residual is None else grad_residual, None, None, None
 
 
-_fused_norm = differentiable(fused_norm, _forward, _norm_context, _norm_gradients)
+_fused_norm = differentiable(fused_norm, norm_forward, _norm_context, _norm_gradients)

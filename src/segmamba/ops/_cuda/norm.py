@@ -203,9 +203,7 @@ def norm(
     tensors = 2 if join == NORMED else 1
     stats = work.new(work.batch, 2 * tensors, work.channels)
     if plan.small:
-        work.kernel("normalise_small")(
-            work.grid(1), plan.threads, x, residual, stats, out, *work.sizes, slope, eps
-        )
+        _norm_small(work, x, residual, stats, out, slope, eps)
         return out, stats
     parts = work.new(tensors, work.batch, plan.chunks, 2, work.channels)
     work.kernel("sum_statistics")(
@@ -216,18 +214,57 @@ def norm(
     work.kernel("merge_statistics")(
         work.merge_grid(tensors), _MERGED * _LANES, parts, stats, *shape, eps
     )
-    work.kernel("normalise_large")(
-        work.grid(plan.writers),
-        plan.threads,
-        x,
-        residual,
-        stats,
-        out,
-        *work.sizes,
-        plan.sweeps,
-        slope,
-    )
+    _norm_large(work, x, residual, stats, out, slope)
     return out, stats
+
+
+def norm_again(x: Tensor, stats: Tensor, slope: float, eps: float) -> Tensor:
+    """Give the result of `norm` without a residual again, with the same bits.
+
+    Args:
+        x: As given to `norm`; so are slope and eps.
+        stats: What `norm` gave.
+        slope: See x.
+        eps: See x.
+
+    Returns:
+        As x.
+    """
+    out = torch.empty_like(x)
+    work = _work_on(x, None, out, 0, backward=False)
+    if work.plan.small:
+        _norm_small(work, x, None, torch.empty_like(stats), out, slope, eps)
+    else:
+        _norm_large(work, x, None, stats, out, slope)
+    return out
+
+
+def _norm_small(
+    work: Work,
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    out: Tensor,
+    slope: float,
+    eps: float,
+) -> None:
+    """Find statistics, and write the result."""
+    arguments = x, residual, stats, out, *work.sizes, slope, eps
+    work.kernel("normalise_small")(work.grid(1), work.plan.threads, *arguments)
+
+
+def _norm_large(
+    work: Work,
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    out: Tensor,
+    slope: float,
+) -> None:
+    """Write the result, with statistics that are there."""
+    plan = work.plan
+    arguments = x, residual, stats, out, *work.sizes, plan.sweeps, slope
+    work.kernel("normalise_large")(work.grid(plan.writers), plan.threads, *arguments)
 
 
 def norm_backward(
