@@ -17,8 +17,8 @@ BINS = 15
 ICML 2017 (arXiv 1706.04599)."""
 
 AREAS = ("labelled", "all")
-"""Voxels that count: those to which the prediction gives a label, or all there are. To
-take those of the reference too would choose errors, and make any model look boastful."""
+"""Voxels that count: those to which the prediction gives a label, or all there are.
+Those of the reference too would be chosen errors: any model would look boastful."""
 
 
 @dataclass
