@@ -17,7 +17,7 @@ from segmamba.errors import ConfigError, describe
 
 T = TypeVar("T")
 
-_BEYOND = 2**63
+_BEYOND, _DEEPEST_YAML = 2**63, 50
 
 LARGEST_YAML = 64 << 10
 """Most bytes of a file of settings; the parser takes seconds for more."""
@@ -126,6 +126,14 @@ def _parse_yaml(text: str) -> Any:
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML without objects, aliases, repeated keys and endless numbers."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= _DEEPEST_YAML:  # each level slows down all others
+            raise yaml.MarkedYAMLError(
+                problem="values that are nested too deeply",
+                problem_mark=self.get_mark(),
+            )
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

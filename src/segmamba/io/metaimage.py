@@ -79,7 +79,9 @@ def _voxels_file(path: Path, name: str) -> Path:
         return path
     name = name.encode("latin-1").decode("utf-8", "replace")
     several = name.upper().startswith("LIST") or "%" in name
-    elsewhere = set(name) & set("/\\:\0") or name in (".", "..") or len(name) > 255
+    elsewhere = (
+        set(name) & set("/\\:\0") or name in (".", "..") or len(name.encode()) > 255
+    )
     if not name or several or elsewhere:
         raise bad_text_header(path, "voxels in one file in the same folder", repr(name))
     if not path.with_name(name).is_file():
