@@ -1,15 +1,15 @@
 // Kernels of the layer norm over the channels of tokens.
 //
-// LANES neighbouring threads do a token, each MINE times VEC of its channels, which stay
+// LANES neighbouring threads do a token, each MINE times VEC of its channels. These stay
 // in registers. The backward finds mean and deviation again: it reads x anyway.
 //
-// Constants: X, Y and W, types of x, of the result and of the weights; C channels of a
-// token; VEC, 1, 4 or 8, a divisor of C; LANES, a power of two up to 32.
+// Constants: X, Y and WEIGHT, types of x, of the result and of the weights; CHANNELS of
+// a token; VEC, 1, 4 or 8, a divisor of them; LANES, a power of two up to 32.
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define GROUPS (THREADS / LANES)  // tokens of a block at a time
-#define VECTORS (C / VEC)
+#define VECTORS (CHANNELS / VEC)
 #define MINE ((VECTORS + LANES - 1) / LANES)
 
 template <class T> INLINE void load(const T *from, float *values) {
@@ -64,22 +64,22 @@ INLINE float sum_of_lanes(float value) {
 INLINE float normalise(float *values, float eps) {
     float sum = 0.0f, squares = 0.0f;
     each_channel([&](int i) { sum += values[i]; });
-    float mean = sum_of_lanes(sum) * (1.0f / C);
+    float mean = sum_of_lanes(sum) * (1.0f / CHANNELS);
     each_channel([&](int i) {
         values[i] -= mean;
         squares += values[i] * values[i];
     });
-    float inverse = 1.0f / sqrtf(sum_of_lanes(squares) * (1.0f / C) + eps);
+    float inverse = 1.0f / sqrtf(sum_of_lanes(squares) * (1.0f / CHANNELS) + eps);
     each_channel([&](int i) { values[i] *= inverse; });
     return inverse;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-token_norm(const X *__restrict__ x, const W *__restrict__ weight,
-           const W *__restrict__ bias, Y *__restrict__ out, int tokens, float eps) {
+token_norm(const X *__restrict__ x, const WEIGHT *__restrict__ weight,
+           const WEIGHT *__restrict__ bias, Y *__restrict__ out, int tokens, float eps) {
     int token = blockIdx.x * GROUPS + threadIdx.x / LANES;
     bool valid = token < tokens;
-    long long base = (long long)token * C;
+    long long base = (long long)token * CHANNELS;
     float values[MINE * VEC] = {}, scale[MINE * VEC], shift[MINE * VEC];
     if (valid) load_all(x + base, values);
     load_all(weight, scale);
@@ -101,18 +101,18 @@ INLINE void add_in_warp(float *sums) {
     }
 }
 
-// Gradient of x; and of weight and bias a block's part, (blocks, 2, C).
+// Gradient of x; and of weight and bias a block's part, (blocks, 2, CHANNELS).
 extern "C" __global__ void __launch_bounds__(THREADS)
 token_norm_back(const Y *__restrict__ grad, const X *__restrict__ x,
-                const W *__restrict__ weight, X *__restrict__ grad_x,
+                const WEIGHT *__restrict__ weight, X *__restrict__ grad_x,
                 float *__restrict__ parts, int tokens, float eps) {
-    __shared__ float total[2 * C];
+    __shared__ float total[2 * CHANNELS];
     float scale[MINE * VEC], of_weight[MINE * VEC] = {}, of_bias[MINE * VEC] = {};
     load_all(weight, scale);
     for (int first = blockIdx.x * GROUPS; first < tokens; first += gridDim.x * GROUPS) {
         int token = first + threadIdx.x / LANES;
         bool valid = token < tokens;
-        long long base = (long long)token * C;
+        long long base = (long long)token * CHANNELS;
         float values[MINE * VEC] = {}, g[MINE * VEC] = {};
         if (valid) {
             load_all(x + base, values);
@@ -126,8 +126,8 @@ token_norm_back(const Y *__restrict__ grad, const X *__restrict__ x,
             sum += g[i];
             along += g[i] * values[i];
         });
-        sum = sum_of_lanes(sum) * (1.0f / C);
-        along = sum_of_lanes(along) * (1.0f / C);
+        sum = sum_of_lanes(sum) * (1.0f / CHANNELS);
+        along = sum_of_lanes(along) * (1.0f / CHANNELS);
         if (!valid) continue;  // the shuffles are behind it
         each_channel([&](int i) { g[i] = (g[i] - sum - values[i] * along) * inverse; });
         each_vector([&](int at, int i) { store(grad_x + base + at, g + i); });
@@ -141,12 +141,12 @@ token_norm_back(const Y *__restrict__ grad, const X *__restrict__ x,
                 for (int j = 0; j < VEC; j++) {
                     float *to = total + channel + j;
                     to[0] = (warp ? to[0] : 0.0f) + of_weight[at + j];
-                    to[C] = (warp ? to[C] : 0.0f) + of_bias[at + j];
+                    to[CHANNELS] = (warp ? to[CHANNELS] : 0.0f) + of_bias[at + j];
                 }
             });
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < 2 * C; i += THREADS)
-        parts[blockIdx.x * 2LL * C + i] = total[i];
+    for (int i = threadIdx.x; i < 2 * CHANNELS; i += THREADS)
+        parts[blockIdx.x * 2LL * CHANNELS + i] = total[i];
 }

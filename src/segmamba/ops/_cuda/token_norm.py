@@ -53,9 +53,11 @@ def _kernel(name: str, weight: Tensor, *tensors: Tensor) -> tuple[Kernel, int]:
         most = 1
     vector = next(v for v in (8, 4, 1) if v <= most and channels % v == 0)
     lanes = lanes_for(channels // vector)
-    types = zip("XYW", (x.dtype, result.dtype, weight.dtype), strict=True)
+    types = zip(
+        ("X", "Y", "WEIGHT"), (x.dtype, result.dtype, weight.dtype), strict=True
+    )
     names = {letter: _NAMES[dtype] for letter, dtype in types}
-    sizes = {"C": channels, "VEC": vector, "LANES": lanes}
+    sizes = {"CHANNELS": channels, "VEC": vector, "LANES": lanes}
     run = kernel("token_norm.cu", name, x.device, **names, **sizes)
     return run, _THREADS // lanes
 
