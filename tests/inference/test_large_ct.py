@@ -29,4 +29,4 @@ def test_the_peak_is_bounded_and_far_below_whole_sums(tmp_path: Path) -> None:
     grown = found["peak_mib"] - found["before_mib"]
     assert grown <= sum(found["bound_mib"].values())
     assert grown < 0.6 * found["whole_sums_mib"]
-    assert found["labels_found"] > 5
+    assert found["labels_found"] > 1
