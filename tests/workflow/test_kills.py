@@ -1,0 +1,47 @@
+"""A prediction or a plan that was killed is gone on with, to the same bytes.
+
+`benchmarks/kills.py` kills twenty times; trainings are killed in training/test_resume.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kills import Killer, digests, killer, moments
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+
+
+@pytest.fixture(scope="module")
+def kill(project: Path) -> Iterator[Killer]:
+    with killer(project) as started:
+        yield started
+
+
+def test_a_prediction_that_was_killed_is_gone_on_with(
+    project: Path, tmp_path: Path, kill: Killer
+) -> None:
+    words = ["predict", "run", "data", "-o", str(tmp_path / "out"), "--no-mirror"]
+    killed = [kill.run(words, seconds) for seconds in moments(3, 1.5)]
+    assert any(killed)
+    kill.run(words)
+    assert digests(tmp_path / "out") == digests(project / "predictions")
+    cases = json.loads((tmp_path / "out" / "manifest.json").read_text())["cases"]
+    assert sorted(cases) == [f"case_{index}" for index in range(6)]
+
+
+def test_a_plan_that_was_killed_is_made_again(tmp_path: Path, kill: Killer) -> None:
+    options = ["--config", "settings.yaml", "--device", "cpu"]
+    words = ["plan", "data", *options, "-o"]
+    kill.run([*words, str(tmp_path / "whole")])
+    for seconds in moments(5, 0.3):
+        kill.run([*words, str(tmp_path / "cut")], seconds)
+    kill.run([*words, str(tmp_path / "cut")])
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
