@@ -1,7 +1,7 @@
 // Kernels of the layer norm over the channels of tokens.
 //
-// LANES neighbouring threads do a token, each MINE times VEC of its channels. These stay
-// in registers. The backward finds mean and deviation again: it reads x anyway.
+// LANES neighbouring threads do a token, each MINE times VEC of its channels, all in
+// registers. The backward finds mean and deviation again: it reads x anyway.
 //
 // Constants: X, Y and WEIGHT, types of x, of the result and of the weights; CHANNELS of
 // a token; VEC, 1, 4 or 8, a divisor of them; LANES, a power of two up to 32.
@@ -76,7 +76,8 @@ INLINE float normalise(float *values, float eps) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 token_norm(const X *__restrict__ x, const WEIGHT *__restrict__ weight,
-           const WEIGHT *__restrict__ bias, Y *__restrict__ out, int tokens, float eps) {
+           const WEIGHT *__restrict__ bias, Y *__restrict__ out, int tokens,
+           float eps) {
     int token = blockIdx.x * GROUPS + threadIdx.x / LANES;
     bool valid = token < tokens;
     long long base = (long long)token * CHANNELS;
