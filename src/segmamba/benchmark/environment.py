@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segmamba._version import __version__
+from segmamba.manifest import package_version as package_version
+from segmamba.manifest import processor_name, versions
 from segmamba.ops import available_backends
 from segmamba.types import JsonDict
 
@@ -40,30 +39,7 @@ def device_name(device: torch.device) -> str:
     """Give the GPU's or processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> JsonDict:
-    """Give the versions of what computes; null for what is absent."""
-    return {
-        "python": platform.python_version(),
-        "segmamba": __version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "numba": package_version("numba"),
-    }
-
-
-def package_version(name: str) -> str | None:
-    """Give an installed package's version, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return processor_name()
 
 
 def why_not_importable(*modules: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -19,7 +18,7 @@ from segmamba.data.plan import Plan
 from segmamba.devices import available_devices, precision_for, resolve_device
 from segmamba.errors import ConfigError, describe
 from segmamba.inference.load import trained_folds
-from segmamba.manifest import NAME
+from segmamba.manifest import NAME, package_version
 from segmamba.ops.backends import automatic_backend, available_backends
 from segmamba.types import JsonDict
 from segmamba.workflow.folder import RunFolder
@@ -49,7 +48,7 @@ def info(run: Path | str | None = None) -> dict[str, Rows]:
 def _installation() -> dict[str, Rows]:
     device = resolve_device("auto")
     system: Rows = [("Python", platform.python_version())]
-    system += [(name, _version(name)) for name in PACKAGES]
+    system += [(name, package_version(name) or "not installed") for name in PACKAGES]
     system.append(("system", platform.platform()))
     devices = list(available_devices().items())
     devices.append(("auto takes", f"{device}, {precision_for(device)}"))
@@ -69,13 +68,6 @@ def _taken() -> Rows:
         warning = f", slower than it could be: {reason}" if reason else ""
         rows.append((f"auto takes on the {name}", taken + warning))
     return rows
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _run(run: RunFolder) -> dict[str, Rows]:
