@@ -1,4 +1,4 @@
-"""The scan's CUDA kernels against float64: on a GPU, or emulated on CPUs."""
+"""The mixer by CUDA kernels against float64: on a GPU, or emulated on CPUs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from segmamba.ops import mamba_mixer, selective_scan
+from segmamba.ops import mamba_mixer
 from segmamba.ops._cuda import launch, mixer
-from segmamba.ops._primitives import mix_operator, scan_rows
+from segmamba.ops._primitives import mix_operator
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="too long for the emulator"
@@ -34,75 +34,6 @@ def compare(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None
         assert ours.isfinite().all(), i
         error = (ours.detach().double() - true).abs().max()
         assert error <= tolerance * true.abs().max() + 1e-30, f"{i}: {error:.1e}"
-
-
-# --- the selective scan ---------------------------------------------------------------
-
-
-def scan_inputs(length, channels, states, groups, batch, dtype) -> dict[str, Tensor]:
-    """Arguments of `selective_scan`; B and C have different groups."""
-    random = np.random.default_rng(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.tensor(random.standard_normal(shape)).to(DEVICE, dtype)
-
-    return {
-        "u": draw(batch, channels, length),
-        "delta": draw(batch, channels, length) * 0.7,
-        "A": -torch.exp(draw(channels, states)),
-        "B": draw(batch, groups, states, length),
-        "C": draw(batch, states, length),
-        "D": draw(channels),
-        "z": draw(batch, channels, length),
-        "delta_bias": draw(channels),
-    }
-
-
-def run_scan(inputs: dict[str, Tensor], backend: str, dtype=None) -> list[Tensor]:
-    """Output, last state, and the gradients of a weighted sum over both."""
-    leaves = {
-        k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()
-    }
-    results = selective_scan(
-        **leaves, delta_softplus=True, return_last_state=True, backend=backend
-    )
-    random = np.random.default_rng(1)
-    weights = [torch.tensor(random.standard_normal(r.shape)) for r in results]
-    weights = [w.to(r.device, r.dtype) for w, r in zip(weights, results, strict=True)]
-    found = torch.autograd.grad(results, list(leaves.values()), weights)
-    return [*(r.detach() for r in results), *found]
-
-
-def check_scan(*shape: int, dtype: torch.dtype = torch.float32) -> None:
-    inputs = scan_inputs(*shape, dtype)
-    wanted = run_scan(inputs, "reference", torch.float64)
-    compare(run_scan(inputs, "cuda"), wanted, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 6, 3, 1, 2),  # one step; channels and states padded
-        (17, 40, 16, 1, 1),  # two chunks; two warps of channels, the last half full
-        (35, 6, 17, 2, 1),  # three chunks; groups; two slices of states
-        (5, 152, 16, 1, 1),  # blocks that share B and C
-    ],
-    ids=str,
-)
-def test_scan(shape, poison):
-    check_scan(*shape)
-
-
-def test_scan_in_half_precision(poison):
-    check_scan(5, 6, 3, 2, 1, dtype=torch.float16)
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 37, 300, 2049])
-@pytest.mark.parametrize("shape", [(40, 16, 1, 2), (96, 17, 2, 3)], ids=str)
-def test_scan_of_any_length(length, shape, dtype, poison):
-    check_scan(length, *shape, dtype=dtype)
 
 
 # --- the mixer ------------------------------------------------------------------------
@@ -165,7 +96,7 @@ def check_mixer(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
         (1, (3, 8, 3, 1), ((1, False), REVERSED), 1),
         (18, (20, 64, 16, 2), (REVERSED,), 1),
         (36, (8, 16, 16, 3), ((1, False), REVERSED, STRIDED), 1),
-        (18, (4, 8, 17, 2), (REVERSED,), 2),  # too many states: scan_rows, in slices
+        (18, (4, 8, 17, 2), (REVERSED,), 2),  # too many states
         (18, (4, 6, 16, 2), (REVERSED,), 2),  # no multiple of 8 channels
         (21, (48, 96, 16, 3), (STRIDED,), 2),
         (18, (12, 160, 9, 5), (REVERSED,), 1),
@@ -242,12 +173,6 @@ def test_same_bits_every_time_when_long(dtype):
     orders = ((1, False), REVERSED, (17, False))
     first, second = (run_mixer(inputs, orders, "cuda") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_the_scan_is_registered_well():
-    shapes = ((1, 2, 16), (1, 2, 16), (16, 16), (1, 2, 1, 16), (1, 2, 1, 16))
-    tensors = [torch.rand(s, device=DEVICE).requires_grad_() for s in shapes]
-    torch.library.opcheck(scan_rows, (*tensors, "cuda", True))
 
 
 def test_the_mixer_is_registered_well():

@@ -1,6 +1,8 @@
-"""Multiples that Numba's kernels need, and how tensors are brought to them."""
+"""What kernels take: multiples that Numba's need, and a scan's tensors for CUDA's."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,23 @@ TAPS = 4
 
 TILE = 64
 """Steps that a kernel handles at a time; gradients need the states at their starts."""
+
+
+class ScanInputs(NamedTuple):
+    """Tensors of a selective scan by channel, as `selective_scan` takes them.
+
+    For the CUDA kernels u, delta, B, C and z are of one type, the others float32, all
+    contiguous; B and C have the same groups.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
 
 
 def kept_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, ...]:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from segmamba.ops._chunked import scan_chunked, scan_chunked_backward
 from segmamba.ops._differentiable import differentiable, direct_or
-from segmamba.ops._layout import LANES, STATES, kept_shape
+from segmamba.ops._layout import LANES, STATES, ScanInputs, kept_shape
 
 
-def _operators(method: str) -> Any:
-    """The module of operators of "numba" or "cuda"."""
-    return importlib.import_module(f"segmamba.ops._{method}.operators")
+def _numba() -> Any:
+    return importlib.import_module("segmamba.ops._numba.operators")
 
 
 # --- the scan -------------------------------------------------------------------------
@@ -32,11 +31,11 @@ def scan_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan rows; arguments and results as `scan_reference`.
 
-    `method` is "chunked", "numba" or "cuda"; `keep` keeps the states that the last
-    two need for their backward, as a third result.
+    `method` is "chunked" or "numba"; `keep` keeps the states that the latter needs for
+    its backward, as a third result.
     """
-    if method != "chunked":
-        return _operators(method).scan_rows(u, dt, A, B, C, keep)
+    if method == "numba":
+        return _numba().scan_rows(u, dt, A, B, C, keep)
     return *scan_chunked(u, dt, A, B, C), u.new_empty(0)
 
 
@@ -47,8 +46,6 @@ def _(u, dt, A, B, C, method, keep):
         groups, states = B.shape[2:]
         channels = groups * (-(-(u.shape[2] // groups) // LANES)) * LANES
         kept = kept_shape(*u.shape[:2], channels, -(-states // STATES) * STATES)
-    elif method == "cuda" and keep:
-        kept = _operators(method).scan_kept_shape(u, A, B)
     return (
         u.new_empty(u.shape),
         u.new_empty(u.shape[0], *A.shape),
@@ -69,9 +66,8 @@ def scan_rows_backward(
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `scan_rows` with respect to u, dt, A, B and C."""
-    if method != "chunked":
-        backward = _operators(method).scan_rows_backward
-        return backward(grad_y, grad_last, u, dt, A, B, C, kept)
+    if method == "numba":
+        return _numba().scan_rows_backward(grad_y, grad_last, u, dt, A, B, C, kept)
     return scan_chunked_backward(grad_y, grad_last, u, dt, A, B, C)
 
 
@@ -93,13 +89,102 @@ def _scan_gradients(ctx, grad_y, grad_last, grad_kept):
 
 scan_rows.register_autograd(_scan_gradients, setup_context=_scan_context)
 
+# --- the scan, by CUDA ----------------------------------------------------------------
+
+
+def _selective(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    last: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan by channels; see `_cuda.selective.scan`."""
+    from segmamba.ops._cuda import selective
+
+    inputs = ScanInputs(u, delta, A, B, C, D, z, bias)
+    return selective.scan(inputs, softplus, last, keep)
+
+
+selective_operator = torch.library.custom_op(
+    "segmamba::selective_scan", _selective, mutates_args=()
+)
+
+
+@selective_operator.register_fake
+def _(u, delta, A, B, C, D, z, bias, softplus, last, keep):
+    from segmamba.ops._cuda.selective import kept_shape
+
+    states = A.new_empty((u.shape[0], *A.shape) if last else (0,))
+    return torch.empty_like(u), states, A.new_empty(kept_shape(u) if keep else (0,))
+
+
+def _selective_backward(
+    grad: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor,
+    softplus: bool,
+) -> list[Tensor]:
+    """Gradients of the tensors u to bias, empty for what is None."""
+    from segmamba.ops._cuda import selective
+
+    inputs = ScanInputs(u, delta, A, B, C, D, z, bias)
+    return selective.scan_backward(grad, grad_last, inputs, kept, softplus)
+
+
+selective_backward_operator = torch.library.custom_op(
+    "segmamba::selective_scan_backward", _selective_backward, mutates_args=()
+)
+
+
+@selective_backward_operator.register_fake
+def _(grad, grad_last, u, delta, A, B, C, D, z, bias, kept, softplus):
+    given = (u, delta, A, B, C, D, z, bias)
+    return [A.new_empty(0) if x is None else torch.empty_like(x) for x in given]
+
+
+def _selective_context(ctx, inputs, output):
+    *tensors, ctx.softplus, ctx.last, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _selective_gradients(ctx, grad, grad_last, grad_kept):
+    *given, kept = ctx.saved_tensors
+    grad = torch.zeros_like(given[0]) if grad is None else grad.contiguous()
+    if grad_last is not None:
+        grad_last = grad_last.contiguous() if ctx.last else None
+    backward = direct_or(selective_backward_operator, _selective_backward)
+    found = backward(grad, grad_last, *given, kept, ctx.softplus)
+    pairs = zip(given, found, strict=True)
+    return *(None if x is None else of_x for x, of_x in pairs), None, None, None
+
+
+selective = differentiable(
+    selective_operator, _selective, _selective_context, _selective_gradients
+)
+
 # --- the convolution, by Numba --------------------------------------------------------
 
 
 @torch.library.custom_op("segmamba::conv_rows", mutates_args=())
 def conv_rows(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     """Convolve rows x (batch, L, E) causally with taps (E, W), then silu if asked."""
-    return _operators("numba").conv_rows(x, weight, bias, silu)
+    return _numba().conv_rows(x, weight, bias, silu)
 
 
 @conv_rows.register_fake
@@ -112,7 +197,7 @@ def conv_rows_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `conv_rows` with respect to x, weight and bias."""
-    return _operators("numba").conv_rows_backward(grad, x, weight, bias, silu)
+    return _numba().conv_rows_backward(grad, x, weight, bias, silu)
 
 
 @conv_rows_backward.register_fake

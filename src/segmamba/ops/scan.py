@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from segmamba.errors import ConfigError, GeometryError, describe
-from segmamba.ops._primitives import scan_rows
+from segmamba.ops._layout import GPU_STATES, ScanInputs
+from segmamba.ops._primitives import scan_rows, selective
 from segmamba.ops._reference import scan_reference
 from segmamba.ops.backends import resolve_backend
 
@@ -62,16 +64,16 @@ def selective_scan(
     _check_types(u, delta, A, B, C)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     work = compute_dtype(u, delta, A, B, C)
+    B, C = _match_groups(B, C)
+    if _find_backend(backend, u, B, C, work) == "cuda":
+        inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+        y, last = _scan_on_gpu(inputs, delta_softplus, return_last_state)
+        return (y, last) if return_last_state else y
     rows = u.to(work).transpose(1, 2)
     dt = _step_sizes(delta.to(work), delta_bias, delta_softplus).transpose(1, 2)
-    inputs, outputs = _match_groups(_to_rows(B.to(work)), _to_rows(C.to(work)))
-    y, last = scan(rows, dt, A.to(work), inputs, outputs, backend)
-    if D is not None:
-        y = y + rows * D.to(work)
-    y = y.transpose(1, 2)
-    if z is not None:
-        y = y * F.silu(z.to(work))
-    y = y.to(u.dtype).contiguous()
+    matrices = (_to_rows(B.to(work)), _to_rows(C.to(work)))
+    y, last = scan(rows, dt, A.to(work), *matrices, backend)
+    y = _skip_and_gate(y.transpose(1, 2), u.to(work), D, z).to(u.dtype).contiguous()
     return (y, last) if return_last_state else y
 
 
@@ -91,13 +93,100 @@ def scan(
     Returns:
         y (batch, L, E) and the last state (batch, E, N).
     """
-    limit = "B or C is constant over positions" if 2 in (B.ndim, C.ndim) else ""
-    method = resolve_backend(backend, device=u.device, dtype=u.dtype, limit=limit)
+    method = _find_backend(backend, u, B, C, u.dtype)
     if method == "reference":
         return scan_reference(u, dt, A, B, C)
+    if method == "cuda":
+        matrices = (B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1))
+        inputs = ScanInputs(u.mT, dt.mT, A, *matrices, None, None, None)
+        y, last = _scan_on_gpu(inputs, softplus=False, last=True)
+        return y.mT, last
     tensors = tuple(x.contiguous() for x in (u, dt, A, B, C))
     y, last, _ = scan_rows(*tensors, method, needs_gradient(*tensors))
     return y, last
+
+
+def _find_backend(name: str, u: Tensor, B: Tensor, C: Tensor, work: torch.dtype) -> str:
+    limit = "B or C is constant over positions" if 2 in (B.ndim, C.ndim) else ""
+    method = resolve_backend(name, device=u.device, dtype=work, limit=limit)
+    return "chunked" if method == "cuda" and not u.numel() else method
+
+
+def _scan_on_gpu(
+    inputs: ScanInputs, softplus: bool, last: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan by one operator, or one for every 16 states; B and C vary over positions."""
+    if inputs.A.shape[1] > GPU_STATES:
+        return _scan_slices(inputs, softplus, last)
+    ready = inputs if _are_ready(inputs) else _make_ready(inputs)
+    keep = needs_gradient(*(x for x in ready if x is not None))
+    y, state, _ = selective(*ready, softplus, last, keep)
+    return (y if y.dtype == inputs.u.dtype else y.to(inputs.u.dtype)), state
+
+
+def _are_ready(inputs: ScanInputs) -> bool:
+    """Whether tensors are as the operator wants them, by the fewest questions."""
+    kind, device = inputs.u.dtype, inputs.u.device
+    for name, x in zip(inputs._fields, inputs, strict=True):
+        if x is not None and not (
+            x.dtype == (torch.float32 if name in _PARAMETERS else kind)
+            and x.is_contiguous()
+            and x.device == device
+        ):
+            return False
+    return True
+
+
+_PARAMETERS = ("A", "D", "bias")
+
+
+def _make_ready(inputs: ScanInputs) -> ScanInputs:
+    """Give tensors of steps one type, float32 if theirs differ, and the others that."""
+    pairs = list(zip(inputs._fields, inputs, strict=True))
+    kinds = {x.dtype for n, x in pairs if x is not None and n not in _PARAMETERS}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32
+
+    def ready(name: str, x: Tensor | None) -> Any:
+        if x is None:
+            return None
+        if x.device != inputs.u.device:
+            raise _device_error(name, x, inputs.u)
+        return x.to(torch.float32 if name in _PARAMETERS else kind).contiguous()
+
+    return ScanInputs(*(ready(name, x) for name, x in pairs))
+
+
+def _device_error(name: str, x: Tensor, u: Tensor) -> ConfigError:
+    return ConfigError(
+        describe(
+            f"selective_scan's {name} isn't on the device of u",
+            expected=u.device,
+            found=x.device,
+        )
+    )
+
+
+def _scan_slices(
+    inputs: ScanInputs, softplus: bool, last: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan 16 states at a time in float32; their outputs add up."""
+    u, delta, A, B, C, D, z, bias = inputs
+    wide = u.float()
+    slices = (A.split(GPU_STATES, 1), *(m.split(GPU_STATES, -2) for m in (B, C)))
+    parts = [
+        _scan_on_gpu(ScanInputs(wide, delta, *part, None, None, bias), softplus, last)
+        for part in zip(*slices, strict=True)
+    ]
+    outputs, states = zip(*parts, strict=True)
+    y = _skip_and_gate(torch.stack(outputs).sum(0), wide, D, z)
+    return y.to(u.dtype), torch.cat(states, -1)
+
+
+def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) silu(z) in y's type."""
+    if D is not None:
+        y = y + u * D.to(y.dtype)[:, None]
+    return y if z is None else y * F.silu(z.to(y.dtype))
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -140,13 +229,18 @@ def _to_rows(matrix: Tensor) -> Tensor:
 
 def _match_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Give B and C the same number of groups, where both vary."""
-    if 2 in (B.ndim, C.ndim) or B.shape[2] == C.shape[2]:
+    if 2 in (B.ndim, C.ndim) or _groups(B) == _groups(C):
         return B, C
-    groups = math.lcm(B.shape[2], C.shape[2])
+    groups = math.lcm(_groups(B), _groups(C))
+    B, C = (m if m.ndim == 4 else m.unsqueeze(1) for m in (B, C))
     return (
-        B.repeat_interleave(groups // B.shape[2], dim=2),
-        C.repeat_interleave(groups // C.shape[2], dim=2),
+        B.repeat_interleave(groups // B.shape[1], dim=1),
+        C.repeat_interleave(groups // C.shape[1], dim=1),
     )
+
+
+def _groups(matrix: Tensor) -> int:
+    return matrix.shape[1] if matrix.ndim == 4 else 1
 
 
 def _check_types(*tensors: Tensor) -> None:

@@ -32,7 +32,8 @@ _PART = 32
 _SEGMENTS, _CARRIED = 32, 16
 """Parts of a sequence that are carried at once, and channels of a block that does."""
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers by which the kernels' sources know types."""
 
 
 def ceil_divide(count: int, size: int) -> int:
@@ -42,7 +43,7 @@ def ceil_divide(count: int, size: int) -> int:
 
 def kind_of(tensor: Tensor) -> int:
     """The number by which the kernels' sources know a tensor's type."""
-    return _KINDS[tensor.dtype]
+    return KINDS[tensor.dtype]
 
 
 def chunk_steps(length: int) -> int:
