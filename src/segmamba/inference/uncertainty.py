@@ -90,9 +90,7 @@ class SampledNetwork:
         self._flips = combinations(mirror_axes)
         self._regions = scheme.is_region_based
         self.samples = len(self._flips) * (len(self._networks) + len(self._snapshots))
-        self._voxels = torch.zeros(
-            self.samples, scheme.num_outputs, dtype=torch.float64
-        )
+        self._voxels = torch.zeros(self.samples, scheme.num_outputs)
         self._weights: Tensor | None = None
 
     @property
@@ -103,7 +101,7 @@ class SampledNetwork:
     def expect(self, weights: Tensor) -> None:
         """Hear the weights (B, D, H, W) of the windows that come next."""
         self._weights = weights
-        self._voxels = self._voxels.to(weights.device)
+        self._voxels = self._voxels.to(weights.device, _widest(weights.device))
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Give mean logits, mean probabilities and mean entropy of a batch."""
@@ -138,12 +136,12 @@ class SampledNetwork:
             return
         if self._regions:
             on = (logits > 0) * self._weights[:, None]
-            self._voxels[sample] += on.sum(dim=(0, 2, 3, 4), dtype=torch.float64)
+            self._voxels[sample] += on.sum(dim=(0, 2, 3, 4), dtype=self._voxels.dtype)
             return
         chosen = logits.argmax(dim=1)
         for output in range(logits.shape[1]):
             mask = (chosen == output) * self._weights
-            self._voxels[sample, output] += mask.sum(dtype=torch.float64)
+            self._voxels[sample, output] += mask.sum(dtype=self._voxels.dtype)
 
 
 class Doubt:
@@ -213,11 +211,12 @@ class Doubt:
 
     def _sum_up(self, on: Tensor, share: Tensor, doubt: Tensor) -> None:
         rows = (on, share * on, share, doubt * on)
-        totals = [row.sum(dim=(1, 2, 3), dtype=torch.float64) for row in rows]
+        wide = _widest(on.device)
+        totals = [row.sum(dim=(1, 2, 3), dtype=wide) for row in rows]
         self._sums += torch.stack(totals).cpu().numpy()
         named = list(self._outputs().values())
         anything = on[named].any(0)
-        whole = (anything.sum(dtype=torch.float64), (doubt * anything).sum())
+        whole = (anything.sum(), (doubt * anything).sum(dtype=wide))
         self._whole += [float(value) for value in whole]
 
     def _structure(self, index: int) -> JsonDict:
@@ -256,6 +255,11 @@ def entropy(share: Tensor, regions: bool, dim: int) -> Tensor:
     if regions:
         plain = plain + torch.special.entr(1 - share)
     return plain.sum(dim, keepdim=True)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """Give the type to add up many numbers in; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _one_hot(logits: Tensor) -> Tensor:
