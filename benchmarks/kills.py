@@ -28,8 +28,12 @@ from segmamba.atomic import write_json
 from segmamba.benchmark.environment import environment
 from segmamba.checkpoint import load_model_file
 
-TRAIN = ["train", "data", "--config", "settings.yaml", "--device", "cpu", "--resume"]
-PREDICT = ["predict", "whole", "data", "--no-mirror", "--device", "cpu"]
+OPTIONS = ["--config", "settings.yaml", "--device", "cpu", "--resume"]
+JOBS = {
+    "preprocessing": ["train", "many", *OPTIONS],
+    "training": ["train", "few", *OPTIONS],
+    "prediction": ["predict", "whole-training", "few", "--no-mirror"],
+}
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -46,28 +50,29 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def disturb(kill: Killer, words: list[str], folder: Path, kills: int) -> dict[str, Any]:
+def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
     """Kill a command until the number is reached, anew each time that it ends."""
-    whole = folder / ("whole" if words[0] == "train" else "predictions")
-    begin = time.monotonic()
+    words, whole = JOBS[job], folder / f"whole-{job}"
+    began, begin = time.time(), time.monotonic()
     kill.run([*words, "-o", str(whole)])
-    length, expected = time.monotonic() - begin, results(whole)
+    longest, expected = 0.5 * (time.monotonic() - begin), results(whole)
+    if job == "preprocessing":  # it is over with the cache's index
+        longest = (whole / "cache" / "cache.json").stat().st_mtime - began
     counts = {"kills": 0, "ends": 0, "different_ends": 0, "left_over": 0}
-    for number, seconds in enumerate(moments(10 * kills, 0.7 * length)):
+    for seconds in moments(10 * kills, longest):
         last = counts["kills"] >= kills
-        output = folder / f"{words[0]}-{counts['ends']}"
+        output = folder / f"{job}-{counts['ends']}"
         if kill.run([*words, "-o", str(output)], None if last else seconds):
             counts["kills"] += 1
             continue
         counts["ends"] += 1
         counts["different_ends"] += results(output) != expected
-        counts["left_over"] += len(
-            [*output.rglob(".writing-*"), *output.rglob("*.lock")]
-        )
-        print(words[0], number, counts, flush=True)
+        left = [*output.rglob(".writing-*"), *output.rglob("*.lock")]
+        counts["left_over"] += len(left)
+        print(job, counts, flush=True)
         if last:
             break
-    return {"undisturbed_s": round(length, 1), **counts}
+    return {"longest_s": round(longest, 2), **counts}
 
 
 def main() -> None:
@@ -81,11 +86,14 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_dataset(folder / "data")
-        (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+        make_dataset(folder / "few")
+        make_dataset(folder / "many", cases=30)
+        train = {**SETTINGS["train"], "augmentation": {"enabled": False}}
+        text = yaml.safe_dump({**SETTINGS, "train": train})
+        (folder / "settings.yaml").write_text(text)
         with killer(folder) as kill:
-            for words in (TRAIN, PREDICT):
-                record[words[0]] = disturb(kill, words, folder, options.kills)
+            for job in JOBS:
+                record[job] = disturb(kill, job, folder, options.kills)
     write_json(options.output, record)
 
 

@@ -16,7 +16,12 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/reference/results.md")
+PAGES = (
+    "README.md",
+    "docs/reference/results.md",
+    "docs/concepts/uncertainty.md",
+    "docs/concepts/sliding-window.md",
+)
 MARK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -173,10 +178,84 @@ def equal_minutes() -> str:
 
 MEASURED = ("layer", "network", "volume", "size", "scan", "predict", "efficiency")
 
+
+DOUBT = {
+    "hippocampus-uncertainty": "8 mirrorings",
+    "hippocampus-snapshots": "4 snapshots and the fold, no mirroring",
+}
+
+
+def rank(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{row['spearman']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def mean_dice(metrics: dict[str, Any]) -> str:
+    return f"{metrics['mean']['dice']:.3f}"
+
+
+def uncertainty() -> str:
+    """How well uncertainty told of errors, by the samples that it was made of."""
+    lines = [
+        "| samples | mean Dice | ECE, labelled voxels | ECE, all voxels | "
+        "Spearman of expected Dice | Spearman of entropy | error of expected Dice |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, title in DOUBT.items():
+        metrics = load(name)
+        found, scores = (metrics["calibration"][k] for k in ("reliability", "scores"))
+        lines.append(
+            f"| {title} | {mean_dice(metrics)} | {found['labelled']['ece']:.3f} | "
+            f"{found['all']['ece']:.3f} | {rank(scores['expected_dice'])} | "
+            f"{rank(scores['mean_entropy'])} | {scores['dice_error']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def whole_volume() -> str:
+    """Windows against whole volumes, by references and by each other."""
+    windows, whole = load("hippocampus-snapshots"), load("hippocampus-whole-volume")
+    between = load("hippocampus-whole-agreement")
+    shares = between["differing_voxels"]["cases"].values()
+    return "\n".join(
+        [
+            "| what | value |",
+            "| --- | --- |",
+            f"| mean Dice, windows of 32³ | {mean_dice(windows)} |",
+            f"| mean Dice, whole volumes | {mean_dice(whole)} |",
+            f"| mean Dice of one with the other | {mean_dice(between)} |",
+            f"| share of voxels that differ | mean {sum(shares) / len(shares):.4f}, "
+            f"largest {max(shares):.4f} |",
+            "",
+        ]
+    )
+
+
+def large_ct() -> str:
+    """Peak memory of a large CT with many classes, from `benchmarks/large_ct.py`."""
+    if not (RESULTS / "large_ct.json").exists():
+        return "Not measured yet.\n"
+    data = load("large_ct")
+    size = " x ".join(map(str, data["size"]))
+    mm = data["network_spacing_mm"][0]
+    return (
+        f"A CT of {size} voxels with {data['classes']} classes, which the network sees "
+        f"at {mm:g} mm (windows of {data['patch']}³, a network of one convolution): "
+        f"the process held {data['peak_mib']:.0f} MiB at most, "
+        f"{data['before_mib']:.0f} of them before; whole sums would be "
+        f"{data['whole_sums_mib']:.0f} MiB. "
+        f"`python benchmarks/large_ct.py` measures it, and fails beyond "
+        f"{data['peak_allowed_mib']:.0f} MiB.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: scores(SCORED),
     "brief": lambda: scores(BRIEF),
     "cpu-ratios": cpu_ratios,
+    "large-ct": large_ct,
+    "uncertainty": uncertainty,
+    "whole-volume": whole_volume,
     "gpu-brief": gpu_brief,
     "hippocampus-gpu": equal_minutes,
     "light-tuning-first": lambda: tuning("light-tuning-first"),
