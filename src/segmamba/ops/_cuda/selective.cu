@@ -16,6 +16,7 @@
 #define PITCH (TILE + 4)
 #define ACROSS (STATES / PER)
 #define CHANNELS (2 * PER)
+#define RUN 16  // steps whose outputs are summed over states at once
 #define SHARE (STATES * TILE / 4 / THREADS)  // quads of B and C that a thread loads
 
 enum Mode { ENDS, OUTPUTS, ADJOINTS };
@@ -138,48 +139,52 @@ INLINE void put_tile(const Memory &m, const Ahead &ahead, const Scan &scan,
     }
 }
 
-// Sum four values over a channel's threads: the s-th one gets the s-th, up to the fourth.
-INLINE float sum_across(float *values) {
-    fold<4>(values, 2);
-    fold<2>(values, 1);
-#pragma unroll
-    for (int bit = 4; bit < ACROSS; bit *= 2) {
-        values[0] += __shfl_xor_sync(0xffffffffu, values[0], bit);
-    }
-    return values[0];
+// Sum RUN values over a channel's threads; the s-th one gets the s-th PER of them.
+INLINE void sum_across(float *values) {
+    if (ACROSS >= 16) fold<RUN>(values, 8);
+    if (ACROSS >= 8) fold<8 * PER>(values, 4);
+    fold<4 * PER>(values, 2);
+    fold<2 * PER>(values, 1);
 }
 
-// Four steps from t0 of a tile on; gives their step sizes' sum. Outputs and skip come
+// RUN steps from t0 of a tile on; gives their step sizes' sum. Outputs and skip come
 // where u was.
 template <int MODE>
 INLINE float do_steps(const Memory &m, const Place &p, int t0, float *state,
                       const float *rate, float skip) {
-    float dt[4], x[4], y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    load4(&m.dt[p.warp][p.c][t0], dt);
-    load4(&m.x[p.warp][p.c][t0], x);
+    float y[RUN] = {}, total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < PER; j++) {
-        float b[4], c[4];
-        if (MODE != ADJOINTS) load4(&m.B[j * ACROSS + p.s][t0], b);
-        if (MODE != ENDS) load4(&m.C[j * ACROSS + p.s][t0], c);
+    for (int q = 0; q < RUN; q += 4) {
+        int at = MODE == ADJOINTS ? RUN - 4 - q : q;
+        float dt[4], x[4];
+        load4(&m.dt[p.warp][p.c][t0 + at], dt);
+        load4(&m.x[p.warp][p.c][t0 + at], x);
+        total += (dt[0] + dt[1]) + (dt[2] + dt[3]);
 #pragma unroll
-        for (int step = 0; step < 4; step++) {
-            int i = MODE == ADJOINTS ? 3 - step : step;
-            float decay = exp2_fast(rate[j] * dt[i]);
-            if (MODE == ADJOINTS) {
-                state[j] = (state[j] + x[i] * c[i]) * decay;
-            } else {
-                state[j] = state[j] * decay + x[i] * b[i];
-                if (MODE == OUTPUTS) y[i] += state[j] * c[i];
+        for (int j = 0; j < PER; j++) {
+            float b[4], c[4];
+            if (MODE != ADJOINTS) load4(&m.B[j * ACROSS + p.s][t0 + at], b);
+            if (MODE != ENDS) load4(&m.C[j * ACROSS + p.s][t0 + at], c);
+#pragma unroll
+            for (int step = 0; step < 4; step++) {
+                int i = MODE == ADJOINTS ? 3 - step : step;
+                float decay = exp2_fast(rate[j] * dt[i]);
+                if (MODE == ADJOINTS) {
+                    state[j] = (state[j] + x[i] * c[i]) * decay;
+                } else {
+                    state[j] = state[j] * decay + x[i] * b[i];
+                    if (MODE == OUTPUTS) y[at + i] += state[j] * c[i];
+                }
             }
         }
     }
     if (MODE == OUTPUTS) {
-        float sum = sum_across(y);
-        float *out = &m.u[p.warp][p.c][t0 + p.s % 4];
-        if (p.s < 4) *out = *out * skip + sum;
+        float *out = &m.u[p.warp][p.c][t0 + PER * p.s];
+        sum_across(y);
+#pragma unroll
+        for (int i = 0; i < PER; i++) out[i] = out[i] * skip + y[i];
     }
-    return (dt[0] + dt[1]) + (dt[2] + dt[3]);
+    return total;
 }
 
 INLINE void store_states(float *to, const float *state, const Place &p) {
@@ -281,9 +286,9 @@ template <int MODE> INLINE void walk(Scan scan, const Memory &m, int segment) {
             if (MODE == OUTPUTS && scan.kept) {
                 store_states(scan.kept + kept_at(t + run, p.channel, sizes), state, p);
             }
-#pragma unroll 4
-            for (int i = 0; i < KEPT; i += 4) {
-                int t0 = run + (BACK ? KEPT - 4 - i : i);
+#pragma unroll
+            for (int i = 0; i < KEPT; i += RUN) {
+                int t0 = run + (BACK ? KEPT - RUN - i : i);
                 total += do_steps<MODE>(m, p, t0, state, rate, skip);
             }
             if (BACK && bound > 0 && t + run == bound * sizes.steps) {

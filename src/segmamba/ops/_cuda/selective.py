@@ -1,43 +1,16 @@
-"""Launches of the selective scan's kernels; see `selective.cu`.
-
-Tensors are by channel, as `selective_scan` takes them, contiguous, u, delta, z, B and C
-of one type; A, D and the bias are float32.
-"""
+"""Launches of the selective scan's kernels; see `selective.cu`."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from segmamba.ops._cuda.compiler import Kernel, kernel
 from segmamba.ops._cuda.launch import KINDS, STATES, ceil_divide, multiprocessors
+from segmamba.ops._cuda.selective_plan import KEPT, LANES, SQUARE, WARPS, plan_for
 from segmamba.ops._layout import ScanInputs
-
-KEPT = 32
-"""Steps between states that the forward keeps."""
-
-SHORT = 2048
-"""Steps that are walked at once, however few channels there are: a few microseconds, as
-launches for segments would take."""
-
-_WARPS, _LANES = 4, 32
-_PER = (4, 2, 1)
-"""States of a thread, if that makes enough of them."""
-
-_TILE = 64
-"""Steps that a walk loads at a time."""
-
-_RESIDENT = 4
-"""Blocks of a walk that a multiprocessor holds."""
-
-_SQUARE = 16
-"""Channels of a warp that walks back for gradients."""
-
-_HELD = 12
-"""Warps of such that a multiprocessor holds."""
 
 _STRANDS, _FINISHERS = 32, 8
 """Parts of what is carried over segments, and of what is summed over them."""
@@ -46,80 +19,12 @@ _MOST_FINISHERS = 4096
 """Blocks that sum the gradients of B and C."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a scan is cut up.
-
-    Attributes:
-        per: States of a thread of a walk.
-        blocks: Blocks of a walk side by side over channels.
-        steps: Of a segment of the forward.
-        segments: Number of those.
-        warps: Of a block that gives gradients.
-        parts: Such blocks that share a group's B and C.
-        back_steps: Of a segment that such a block does, a multiple of `KEPT`.
-        back_segments: Number of those.
-    """
-
-    per: int
-    blocks: int
-    steps: int
-    segments: int
-    warps: int
-    parts: int
-    back_steps: int
-    back_segments: int
-
-
-def plan_for(sizes: tuple[int, int, int, int], processors: int, warps: int) -> Plan:
-    """Cut a scan up: whole rows where channels alone fill the GPU, or rows are short.
-
-    Args:
-        sizes: Cases, groups of channels with a B and C of their own, channels of each,
-            and steps.
-        processors: Multiprocessors of the GPU.
-        warps: Of a block that gives gradients.
-    """
-    batch, groups, per_group, length = sizes
-
-    def blocks(per: int) -> int:
-        return groups * ceil_divide(per_group, _WARPS * _LANES * per // STATES)
-
-    enough = processors * 7 / 8
-    alone = next((per for per in _PER if batch * blocks(per) >= enough), 0)
-    if alone or length <= SHORT:
-        per, steps = alone or 1, length
-    else:
-        per = _PER[0]
-        room = _RESIDENT * processors // (batch * blocks(per))
-        steps = _even(length, _TILE, room)
-    parts = ceil_divide(per_group, _SQUARE * warps)
-    room = _HELD // warps * processors // (batch * groups * parts)
-    back_steps = _even(length, KEPT, room)
-    return Plan(
-        per=per,
-        blocks=blocks(per),
-        steps=steps,
-        segments=ceil_divide(length, steps),
-        warps=warps,
-        parts=parts,
-        back_steps=back_steps,
-        back_segments=ceil_divide(length, back_steps),
-    )
-
-
-def _even(length: int, unit: int, most: int) -> int:
-    """Steps of segments, whole units, of which there are at most so many."""
-    units = ceil_divide(length, unit)
-    return unit * ceil_divide(units, max(1, min(units, most)))
-
-
 @functools.cache
 def _warps(device: torch.device) -> int:
     """Warps of a gradients' block: as its shared memory allows."""
     if device.type != "cuda":
-        return _WARPS
-    return 2 if torch.cuda.get_device_capability(device) == (7, 5) else _WARPS
+        return WARPS
+    return 2 if torch.cuda.get_device_capability(device) == (7, 5) else WARPS
 
 
 class Work:
@@ -162,7 +67,7 @@ class Work:
             self._constants["ALIGNED"] = 1
 
     def _walk(self, name: str) -> Kernel:
-        constants = {**self._constants, "WARPS": _WARPS, "PER": self.plan.per}
+        constants = {**self._constants, "WARPS": WARPS, "PER": self.plan.per}
         return kernel("selective.cu", name, self._device, **constants)
 
     @functools.cached_property
@@ -179,7 +84,7 @@ class Work:
 
     @functools.cached_property
     def carry(self) -> Kernel:
-        constants = {"WARPS": _WARPS, "SEGMENTS": _STRANDS}
+        constants = {"WARPS": WARPS, "SEGMENTS": _STRANDS}
         return kernel("selective.cu", "carry", self._device, **constants)
 
     @functools.cached_property
@@ -194,7 +99,7 @@ class Work:
     def finish(self) -> Kernel:
         constants = {"KIND": self._constants["KIND"], "SEGMENTS": _FINISHERS}
         file = "selective_backward.cu"
-        return kernel(file, "finish", self._device, WARPS=_WARPS, **constants)
+        return kernel(file, "finish", self._device, WARPS=WARPS, **constants)
 
     def new_slots(self, like: Tensor, segments: int) -> Tensor:
         """Memory for states between segments, and for sums of step sizes."""
@@ -237,7 +142,7 @@ def scan(
         slots = work.new_slots(A, plan.segments)
         work.scan_ends(
             (plan.segments - 1, plan.blocks, work.batch),
-            _LANES * _WARPS,
+            LANES * WARPS,
             u,
             delta,
             B,
@@ -250,7 +155,7 @@ def scan(
         _carry(work, slots, A, None, plan.segments, back=False)
     work.scan_outputs(
         (plan.segments, plan.blocks, work.batch),
-        _LANES * _WARPS,
+        LANES * WARPS,
         u,
         delta,
         z,
@@ -280,8 +185,8 @@ def _carry(
 ) -> None:
     """Sum what segments add into states between them."""
     work.carry(
-        (ceil_divide(work.channels * STATES, _LANES), 1, work.batch),
-        _LANES * _STRANDS,
+        (ceil_divide(work.channels * STATES, LANES), 1, work.batch),
+        LANES * _STRANDS,
         slots,
         A,
         first,
@@ -330,7 +235,7 @@ def scan_backward(
         shares = A.new_empty(plan.parts, 2, B.numel())
     work.scan_gradients(
         (plan.back_segments, work.groups * plan.parts, work.batch),
-        _LANES * plan.warps,
+        LANES * plan.warps,
         grad,
         u,
         delta,
@@ -371,7 +276,7 @@ def _adjoints(
     slots = work.new_slots(inputs.A, plan.back_segments)
     work.scan_adjoints(
         (1 if whole else plan.back_segments - 1, plan.blocks, work.batch),
-        _LANES * _WARPS,
+        LANES * WARPS,
         grad,
         inputs.delta,
         inputs.z,
@@ -398,13 +303,13 @@ def _finish(
 ) -> None:
     """Sum what blocks found for the parameters, and for B and C."""
     _, _, of_A, of_B, of_C, of_D, _, of_bias = found
-    blocks = ceil_divide(sums.shape[1], _LANES)
+    blocks = ceil_divide(sums.shape[1], LANES)
     if shares is not None:
-        many = ceil_divide(of_B.numel(), _LANES * _FINISHERS)
+        many = ceil_divide(of_B.numel(), LANES * _FINISHERS)
         blocks = max(blocks, min(many, _MOST_FINISHERS))
     work.finish(
         (blocks, 1 if shares is None else 2, 1),
-        _LANES * _FINISHERS,
+        LANES * _FINISHERS,
         sums,
         shares,
         of_A,
@@ -424,6 +329,6 @@ def _finish(
 def _shared_bytes(warps: int, gated: bool) -> int:
     """Size of the gradients' kernel's shared memory: struct Memory."""
     pitch = KEPT + 4
-    rows = (4 if gated else 3) * _SQUARE * pitch
-    left = KEPT // 4 * (2 * _LANES * 4 + 4)
+    rows = (4 if gated else 3) * SQUARE * pitch
+    left = KEPT // 4 * (2 * LANES * 4 + 4)
     return 4 * (2 * STATES * pitch + warps * (rows + left))
