@@ -96,12 +96,12 @@ class Scan:
 
     Attributes:
         u: (K * batch, L, E), by position.
-        code: Code of the step sizes, last axis of rows, or step sizes (.., L, E).
+        code: Code of the step sizes, last axis of rows.
         B: (.., L, G * N), last axis contiguous.
         C: (.., L, G * N), last axis contiguous.
         rates: A / ln 2, (K, N, E), float32.
-        weight: (K, rank, E), float32; None where `code` has step sizes.
-        bias: (K, E), float32; None likewise.
+        weight: (K, rank, E), float32.
+        bias: (K, E), float32.
         skip: D, (K, E), float32.
         orders: Stride and direction of each of K directions.
         groups: Groups of channels with a B and C of their own.
@@ -112,8 +112,8 @@ class Scan:
     B: Tensor
     C: Tensor
     rates: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
     skip: Tensor
     orders: tuple[tuple[int, bool], ...]
     groups: int = 1
@@ -136,7 +136,7 @@ class Scan:
 
     @property
     def rank(self) -> int:
-        return 0 if self.weight is None else self.weight.shape[1]
+        return self.weight.shape[1]
 
     @property
     def steps(self) -> int:
@@ -174,8 +174,6 @@ class Scan:
 
     def compiled(self, file: str, name: str, **constants: int) -> Kernel:
         """Give a kernel for the scan's types and chunks."""
-        if self.weight is None:
-            constants["GIVEN"] = 1
         device, kind = self.u.device, kind_of(self.u)
         return kernel(file, name, device, KIND=kind, CHUNK=self.steps, **constants)
 
@@ -214,7 +212,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         *strides,
         shared=shared,
     )
-    _carry(scan, kept, kept, back=False, first=False)
+    _carry(scan, kept, kept, back=False)
     scan.kernel("scan_outputs")(
         grid,
         threads,
@@ -236,9 +234,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
     )
 
 
-def _carry(
-    scan: Scan, states: Tensor, kept: Tensor, *, back: bool, first: bool
-) -> None:
+def _carry(scan: Scan, states: Tensor, kept: Tensor, *, back: bool) -> None:
     scan.kernel("carry_states")(
         (ceil_divide(scan.channels, _CARRIED), STATES, scan.rows),
         _CARRIED * _SEGMENTS,
@@ -249,7 +245,6 @@ def _carry(
         scan.batch,
         scan.chunks,
         int(back),
-        int(first),
     )
 
 
@@ -258,8 +253,8 @@ class ScanGradients:
     """What `run_backward` gives besides gradients of u.
 
     Attributes:
-        rows: (rows, L, E + 2 G N): of step sizes before softplus, or of given ones;
-            of B, of C, summed over channels.
+        rows: (rows, L, E + 2 G N): of step sizes before softplus; of B, of C,
+            summed over channels.
         A: (K, N, E), float32: of A itself.
         D: (K, E), float32.
         bias: (K, E), float32: of the step sizes' bias.
@@ -272,11 +267,7 @@ class ScanGradients:
 
 
 def run_backward(
-    scan: Scan,
-    kept: Tensor,
-    grad_y: Tensor,
-    grad_u: Tensor,
-    grad_last: Tensor | None = None,
+    scan: Scan, kept: Tensor, grad_y: Tensor, grad_u: Tensor
 ) -> ScanGradients:
     """Differentiate `run_forward`.
 
@@ -286,14 +277,11 @@ def run_backward(
         grad_y: (rows or batch, L, E) by token; with batch rows, all directions' sum
             has this gradient.
         grad_u: Written: (rows, L, E), by position.
-        grad_last: Of the last states, (rows, N, E); None for zero.
 
     Returns:
         The other gradients.
     """
     adjoints = scan.new_slots()
-    if grad_last is not None:
-        adjoints[:, scan.chunks - 1, :-1] = grad_last
     scan.kernel("adjoint_chunks")(
         (scan.chunks - 1, scan.groups * scan.parts, scan.rows),
         _LANES * scan.warps,
@@ -312,7 +300,7 @@ def run_backward(
         scan.C.stride(-2),
         shared=scan.code_bytes(scan.steps),
     )
-    _carry(scan, adjoints, kept, back=True, first=grad_last is not None)
+    _carry(scan, adjoints, kept, back=True)
     return _gradients(scan, kept, adjoints, grad_y, grad_u)
 
 

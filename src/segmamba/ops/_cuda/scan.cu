@@ -25,8 +25,7 @@ scan_chunks(const element *u, const element *code, const element *b, const float
     for (int t0 = 0; t0 < CHUNK; t0 += STEPS) {
         float dt[STEPS], x[STEPS];
         column<STEPS>(x, u, p.channel, t0, E, p.count);
-        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
-                          p.count);
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, weight, bias, rank, E, p.count);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             float Bt[STATES], drive = dt[i] * x[i];
@@ -51,11 +50,10 @@ scan_chunks(const element *u, const element *code, const element *b, const float
 //
 // Forward, slot i + 1 holds what chunk i adds, and slot i becomes the state that chunk i
 // starts from. back: slot i - 1 holds what chunk i adds to the adjoint, and slot i becomes
-// the adjoint that chunk i ends with. first: the first slot holds a value to start from,
-// otherwise it counts as zero. A thread does a segment of the chunks for one channel.
+// the adjoint that chunk i ends with. The slot to start from counts as zero. A thread does
+// a segment of the chunks for one channel.
 extern "C" __global__ void carry_states(float *states, const float *kept, const float *a,
-                                        int E, int batch, int chunks, int back,
-                                        int first) {
+                                        int E, int batch, int chunks, int back) {
     __shared__ float decays[SEGMENTS][CARRIED], values[SEGMENTS][CARRIED];
     int lane = threadIdx.x % CARRIED, segment = threadIdx.x / CARRIED;
     int channel = blockIdx.x * CARRIED + lane, n = blockIdx.y, row = blockIdx.z;
@@ -73,7 +71,7 @@ extern "C" __global__ void carry_states(float *states, const float *kept, const 
 #pragma unroll 8
     for (int i = begin; i < end; i++) {
         float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
-        float v = i > 0 || first ? state[i * step] : 0.0f;
+        float v = i > 0 ? state[i * step] : 0.0f;
         value = d * value + v;
         decay *= d;
     }
@@ -86,7 +84,7 @@ extern "C" __global__ void carry_states(float *states, const float *kept, const 
 #pragma unroll 8
     for (int i = begin; i < end; i++) {
         float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
-        float v = i > 0 || first ? state[i * step] : 0.0f;
+        float v = i > 0 ? state[i * step] : 0.0f;
         value = d * value + v;
         state[i * step] = value;
     }
@@ -125,8 +123,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
             gather<STEPS>(before, y, p.channel, t0, p.count,
                           [&](int t) { return tokens[t]; });
         }
-        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
-                          p.count);
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, weight, bias, rank, E, p.count);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             float Bt[STATES], Ct[STATES], drive = dt[i] * x[i];
@@ -175,8 +172,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
                       [&](int t) { return tokens[t]; });
 #pragma unroll
         for (int i = 0; i < STEPS; i++) dy[i] = t0 + i < p.count ? dy[i] : 0.0f;
-        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, code, code_stride, weight, bias, rank, E,
-                          p.count);
+        step_sizes<STEPS>(dt, p, code_s, CHUNK, t0, weight, bias, rank, E, p.count);
 #pragma unroll
         for (int i = STEPS - 1; i >= 0; i--) {
             float Ct[STATES];

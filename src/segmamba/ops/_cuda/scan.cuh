@@ -2,8 +2,8 @@
 //
 // A block does CHUNK steps of a row of sequences (direction times batch) for WARPS groups of
 // 32 channels. Rows of u, of the step sizes' code and of B and C are by position; rows of
-// y and of its gradient by token. Constants: KIND, CHUNK, WARPS, and GIVEN where step sizes
-// come ready instead of as a code. Offsets within a row of sequences fit 31 bits.
+// y and of its gradient by token. Constants: KIND, CHUNK, WARPS. Offsets within a row of
+// sequences fit 31 bits.
 
 #define STATES 16
 #define THREADS (32 * WARPS)
@@ -96,13 +96,8 @@ INLINE void column(float *values, const element *from, int channel, int t0, int 
 // Step sizes of a channel at COUNT steps from t0 on; zero behind the chunk's end.
 template <int COUNT>
 INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows, int t0,
-                       const element *code, int code_stride, const float *weight,
-                       const float *bias, int rank, int E, int count) {
-#ifdef GIVEN
-    column<COUNT>(dt, code, p.channel, t0, code_stride, count);
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) dt[i] = t0 + i < count ? dt[i] : 0.0f;
-#else
+                       const float *weight, const float *bias, int rank, int E,
+                       int count) {
     float offset = bias[p.direction * E + p.channel];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) dt[i] = offset;
@@ -120,7 +115,6 @@ INLINE void step_sizes(float *dt, const Place &p, const float *code_s, int rows,
     for (int i = 0; i < COUNT; i++) {
         dt[i] = t0 + i < count ? softplus(dt[i]) : 0.0f;
     }
-#endif
 }
 
 INLINE void load_rates(float *rate, const float *a, const Place &p, int E) {

@@ -123,7 +123,7 @@ INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, i
     __syncthreads();
     int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
     float exists = p.valid ? 1.0f : 0.0f, dt[PART];
-    step_sizes<PART>(dt, p, code_s, PART, 0, code, code_stride, weight, bias, rank, E,
+    step_sizes<PART>(dt, p, code_s, PART, 0, weight, bias, rank, E,
                      count);
     if (p.lane < WIDTH) {
 #pragma unroll
@@ -269,9 +269,7 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         float own_dt = m.dt[q.warp][t][q.c][k], own_u = m.u[q.warp][t][q.c][k];
         float own_dy = m.dy[q.warp][t][q.c][k];
         float slope = through[0] * own_u + exponent[0] * LN2;
-#ifndef GIVEN
         slope *= 1.0f - exp2_fast(-LOG2E * own_dt);
-#endif
         sums.skip += own_dy * own_u;
         sums.bias += slope;
         element of_u = from_float(own_dy * D + through[0] * own_dt);
@@ -289,9 +287,8 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
 // All gradients, chunk by chunk, from true first states and true last adjoints.
 //
 // Block (p, part, row): chunks p, p + P, ... of a row of sequences. Writes gradients of u
-// and of the step sizes before softplus (or of the given ones), those of B and C summed
-// over the block's channels, and, for each p, (P, rows, N + 2, E) sums: for A, for D, and
-// of the step sizes' gradients. SPLIT: several blocks share a group's B and C, and each
+// and of the step sizes before softplus, those of B and C summed over the block's channels,
+// and, for each p, (P, rows, N + 2, E) sums: for A, for D, and of the step sizes' gradients. SPLIT: several blocks share a group's B and C, and each
 // writes a (rows, L, 2 N groups) float part of its own.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 scan_gradients(const element *grad, const element *u, const element *code,
