@@ -122,9 +122,11 @@ def run(inputs, backend="cuda", dtype=None, weights=(1, 1), **options):
     return {"output": results[0].detach(), "last": results[1].detach(), **found}
 
 
-def check(inputs, tolerance=TOLERANCE[torch.float32], **options) -> dict[str, Tensor]:
+def check(
+    inputs, tolerance=TOLERANCE[torch.float32], truth="reference", **options
+) -> dict[str, Tensor]:
     found = run(inputs, **options)
-    compare(found, run(inputs, "reference", torch.float64, **options), tolerance)
+    compare(found, run(inputs, truth, torch.float64, **options), tolerance)
     return found
 
 
@@ -252,14 +254,14 @@ def test_the_slope_of_small_steps_is_exact():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("length", [1, 15, 64, 300, 2049, 20000])
 @pytest.mark.parametrize(
-    "form", [(40, 16, 2), (256, 16, 2), (1024, 16, 1), (4096, 9, 1)], ids=str
+    "form", [(40, 16, 2), (256, 16, 2), (1024, 16, 2), (4096, 9, 1)], ids=str
 )
 def test_sizes_that_fill_a_gpu(form, length, dtype, poison):
+    """The truth is PyTorch's in pieces: the loop over steps would take minutes."""
     channels, states, batch = form
-    if channels * length > 1 << 23:
-        pytest.skip("a minute of the reference")
     inputs = draw_inputs(length, channels, states, batch, (0, 1))
-    check({k: v.to(dtype) for k, v in inputs.items()}, TOLERANCE[dtype])
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    check(inputs, TOLERANCE[dtype], truth="chunked")
 
 
 # --- what every operator owes ---------------------------------------------------------
