@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from segmamba.config import AugmentationConfig
+from segmamba.data import cases as cases_module
+from segmamba.data import sampler as sampler_module
 from segmamba.data import transforms
-from segmamba.data.augment import augment
+from segmamba.data.augment import Batch, augment
 from segmamba.data.labels import LabelScheme
 from segmamba.data.sampler import PatchSampler
 from segmamba.errors import ConfigError
@@ -71,10 +73,28 @@ def sampler(cases: Cases, size: tuple[int, int, int], **options: Any) -> PatchSa
     return PatchSampler(cases, list(cases.cases), size, batch_size, scheme, **options)
 
 
+def starts(batch: Batch) -> np.ndarray:
+    """Give where each patch of numbered cases begins, or its box, one a row."""
+    images = [
+        *batch.image,
+        *(image for part in batch.wide or () for image in part.image),
+    ]
+    return np.array([image[:3, 0, 0, 0].numpy() for image in images]) - 1
+
+
+def assert_same_wide(found: Batch, expected: Batch) -> None:
+    assert (found.wide is None) == (expected.wide is None)
+    for one, two in zip(found.wide or (), expected.wide or (), strict=True):
+        assert torch.equal(one.image, two.image)
+        assert torch.equal(one.label, two.label)
+        for name in ("rows", "matrices", "centers"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
 # ---- pure function of seed and step -------------------------------------------------
 
 
-@pytest.mark.parametrize("margin", [None, (2, 3, 4), AugmentationConfig(), ALWAYS])
+@pytest.mark.parametrize("margin", [None, AugmentationConfig(), ALWAYS])
 def test_a_step_gives_the_same_batch_whatever_came_before(margin: Any) -> None:
     cases = Cases(x=numbered((30, 28, 26)), y=numbered((25, 30, 29), 1))
     first = sampler(cases, (12, 10, 14), seed=5, margin=margin)
@@ -84,15 +104,9 @@ def test_a_step_gives_the_same_batch_whatever_came_before(margin: Any) -> None:
         again = later.batch(step)
         assert torch.equal(again.image, history[step].image)
         assert torch.equal(again.label, history[step].label)
-        if again.spatial is not None:
-            expected = history[step].spatial
-            assert expected is not None
-            np.testing.assert_array_equal(again.spatial.matrices, expected.matrices)
-    assert not all(
-        batch.image.shape == history[0].image.shape
-        and torch.equal(batch.image, history[0].image)
-        for batch in history[1:]
-    )
+        assert_same_wide(again, history[step])
+    corners = {tuple(starts(batch).flatten().tolist()) for batch in history}
+    assert len(corners) > 1
 
 
 def test_seeds_and_steps_give_different_batches() -> None:
@@ -109,11 +123,11 @@ def test_seeds_and_steps_give_different_batches() -> None:
 def test_threads_read_what_one_thread_reads() -> None:
     cases = Cases(x=numbered((30, 28, 26)), y=numbered((25, 30, 29), 1))
     shared = sampler(cases, (12, 10, 14), margin=ALWAYS)
-    expected = [shared.batch(step).image for step in range(8)]
-    found: dict[int, torch.Tensor] = {}
+    expected = [shared.batch(step) for step in range(8)]
+    found: dict[int, Batch] = {}
 
     def work(step: int) -> None:
-        found[step] = shared.batch(step).image
+        found[step] = shared.batch(step)
 
     threads = [threading.Thread(target=work, args=(step,)) for step in range(8)]
     for thread in threads:
@@ -121,7 +135,46 @@ def test_threads_read_what_one_thread_reads() -> None:
     for thread in threads:
         thread.join()
     for step in range(8):
-        assert torch.equal(found[step], expected[step])
+        assert_same_wide(found[step], expected[step])
+
+
+@pytest.mark.parametrize("margin", [None, AugmentationConfig()])
+def test_several_steps_at_once_read_what_each_reads_alone(margin: Any) -> None:
+    cases = Cases(x=numbered((30, 28, 26)), y=numbered((9, 30, 29), 1))
+    one = sampler(cases, (12, 10, 14), margin=margin, batch_size=3)
+    steps = range(4, 12)
+    together = one.batches(steps)
+    for part, step in zip(together.split(3), steps, strict=True):
+        alone = one.batch(step)
+        assert torch.equal(part.image, alone.image)
+        assert torch.equal(part.label, alone.label)
+        assert part.case_ids == alone.case_ids
+    if margin is not None:
+        quiet = AugmentationConfig(
+            p_noise=0, p_blur=0, p_brightness=0, p_contrast=0, p_low_resolution=0,
+            p_gamma=0, p_gamma_inverted=0, mirror_axes=(),
+        )  # fmt: skip
+        all_steps = augment(together, one.patch_size, quiet, list(steps)).split(3)
+        for part, step in zip(all_steps, steps, strict=True):
+            alone = augment(one.batch(step), one.patch_size, quiet, step)
+            torch.testing.assert_close(part.image, alone.image, atol=2e-3, rtol=0)
+            assert (part.label == alone.label).float().mean() > 0.999
+
+
+def test_boxes_are_padded_to_each_other_only_while_they_stay_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = Cases(x=numbered((40, 40, 40)))
+    one = sampler(cases, (12, 10, 14), margin=ALWAYS, batch_size=6)
+    wide = one.batch(0).wide
+    assert wide is not None
+    assert len(wide) == 1
+    monkeypatch.setattr(sampler_module, "AT_ONCE", 2 * wide[0].image[0].numel())
+    parts = one.batch(0).wide
+    assert parts is not None
+    assert len(parts) >= 3
+    np.testing.assert_array_equal(np.concatenate([p.rows for p in parts]), range(6))
+    assert all(p.image.numel() <= 2 * wide[0].image[0].numel() for p in parts)
 
 
 # ---- where patches lie --------------------------------------------------------------
@@ -258,18 +311,6 @@ def test_unannotated_places_are_avoided() -> None:
 # ---- margins ------------------------------------------------------------------------
 
 
-def test_three_numbers_give_so_many_voxels_on_both_sides() -> None:
-    case = numbered((30, 30, 30))
-    bare, wide = (
-        sampler(Cases(x=case), (8, 8, 8), margin=margin).batch(3)
-        for margin in (None, (2, 0, 25))
-    )
-    assert wide.image.shape == (2, 4, 12, 8, 58)
-    assert wide.spatial is None
-    assert torch.equal(wide.image[:, :, 2:10, :, 25:33], bare.image)
-    assert torch.equal(wide.label[:, 2:10, :, 25:33], bare.label)
-
-
 def test_samples_without_a_rotation_or_zoom_give_the_bare_patch() -> None:
     cases = Cases(x=numbered((40, 38, 36)), y=numbered((35, 40, 39), 1))
     quiet = AugmentationConfig(
@@ -282,13 +323,13 @@ def test_samples_without_a_rotation_or_zoom_give_the_bare_patch() -> None:
     for step in range(12):
         batch, plain = wide.batch(step), bare.batch(step)
         out = augment(batch, size, quiet, step)
-        assert batch.spatial is not None
-        for index in np.flatnonzero(~batch.spatial.active):
+        assert batch.wide is not None
+        turned = [row for part in batch.wide for row in part.rows]
+        for index in set(range(2)) - set(turned):
             untouched += 1
             assert torch.equal(out.image[index], plain.image[index])
             assert torch.equal(out.label[index], plain.label[index])
-        if not batch.spatial.active.any():
-            assert batch.image.shape[2:] == size
+        assert batch.image.shape[2:] == size
     assert untouched > 5
 
 
@@ -309,22 +350,21 @@ def test_what_is_read_is_enough_for_the_rotation(shape: tuple[int, int, int]) ->
         bare = sampler(Cases(x=positions), size, **options).batch(step).image[0, :3]
         first = np.argwhere((bare[0] > 0).numpy())[0]
         start = bare[(slice(None), *first)].numpy() - 1 - first
-        assert batch.spatial is not None
-        matrix = batch.spatial.matrices[0]
+        assert batch.wide is not None
+        matrix = batch.wide[0].matrices[0]
         center = start + (np.array(size) - 1) / 2
-        expected = transforms.sample_affine(
-            torch.from_numpy(image).float(), matrix, center, size
+        grid = transforms.affine_grid(
+            matrix[None], center[None], size, shape, torch.device("cpu")
         )
+        expected = transforms.sample(torch.from_numpy(image)[None].float(), grid)
         calm = AugmentationConfig(
             p_noise=0, p_blur=0, p_brightness=0, p_contrast=0, p_low_resolution=0,
             p_gamma=0, p_gamma_inverted=0, mirror_axes=(),
         )  # fmt: skip
         out = augment(batch, size, calm, 0)
-        torch.testing.assert_close(out.image[0], expected, atol=1e-4, rtol=0)
-        labels = transforms.sample_affine_labels(
-            torch.from_numpy(label), matrix, center, size
-        )
-        assert (out.label[0] == labels).float().mean() > 0.999
+        torch.testing.assert_close(out.image, expected, atol=1e-4, rtol=0)
+        labels = transforms.sample_labels(torch.from_numpy(label)[None], grid)
+        assert (out.label == labels).float().mean() > 0.999
 
 
 def test_no_more_is_read_than_needed() -> None:
@@ -353,6 +393,56 @@ def test_memory_maps_are_read_partially_and_stay_unchanged(tmp_path: Path) -> No
     one.image.add_(1)  # writable, and no view of the file
     assert torch.equal(one.image, two.image + 1)
     assert torch.equal(one.label, two.label)
+
+
+class MappedCases:
+    """Cases on disk; counts how often each is opened."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.opened = folder, 0
+        self.ids = [str(number) for number in range(count)]
+        for number, name in enumerate(self.ids):
+            case = numbered((9, 8, 7), number)
+            np.save(folder / f"{name}.image.npy", case.image)
+            np.save(folder / f"{name}.label.npy", case.label)
+
+    def load(self, case_id: str) -> Case:
+        self.opened += 1
+        files = (self.folder / f"{case_id}.{kind}.npy" for kind in ("image", "label"))
+        return Case(*(np.load(file, mmap_mode="r") for file in files))
+
+
+def read_all(cases: MappedCases) -> PatchSampler:
+    one = PatchSampler(cases, cases.ids, (4, 5, 6), 8, SCHEME)
+    for step in range(60):
+        one.batch(step)
+    return one
+
+
+def test_small_cases_are_opened_once_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases_module, "OPEN_CASES", 3)
+    cases = MappedCases(tmp_path, 10)
+    one = read_all(cases)
+    assert cases.opened == 10
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert one.batch(99).image.any()  # from memory
+
+
+@pytest.mark.parametrize("limit", ["HELD_CASE_BYTES", "HELD_BYTES"])
+def test_large_cases_stay_on_disk_and_few_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(cases_module, "OPEN_CASES", 3)
+    monkeypatch.setattr(cases_module, limit, 9 * 8 * 7 * 10 - 1)  # a byte too few
+    cases = MappedCases(tmp_path, 10)
+    one = read_all(cases)
+    assert cases.opened > 200
+    held = MappedCases(tmp_path, 10)
+    monkeypatch.undo()
+    assert torch.equal(one.batch(7).image, read_all(held).batch(7).image)
 
 
 # ---- wrong arguments ----------------------------------------------------------------

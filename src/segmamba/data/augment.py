@@ -1,12 +1,15 @@
 """Random changes of training patches: nnU-Net's stock set, for batches of tensors.
 
-Parameters are drawn apart from being applied: `draw` gives plain numbers from a seed,
-`apply` is a pure function of a batch and those numbers. `augment` does both.
+`segmamba.data.draws` draws the parameters, `apply` is a pure function of a batch and
+those numbers, `augment` does both. Each change is computed for all samples that have it
+at once: the CPU launches as few operations for many small patches as for one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,38 +17,34 @@ from torch import Tensor
 
 from segmamba.config import AugmentationConfig
 from segmamba.data import transforms
-from segmamba.errors import ConfigError, describe
+from segmamba.data.draws import (
+    AugmentationDraw,
+    IntensityDraw,
+    Seeds,
+    SpatialDraw,
+    draw_intensity,
+    draw_spatial,
+)
 from segmamba.types import Array, Size3
 
-NOISE_DEVIATION = (0.0, 0.1)
-"""Standard deviation of the noise (nnU-Net's `noise_variance`, which it uses so)."""
-BLUR_SIGMA = (0.5, 1.0)
-"""Standard deviation of the blur in voxels."""
-BRIGHTNESS_FACTOR = (0.75, 1.25)
-"""Multiplier of the values."""
-CONTRAST_FACTOR = (0.75, 1.25)
-"""Multiplier of the distance from the mean."""
-LOW_RESOLUTION_SCALE = (0.5, 1.0)
-"""Share of the voxels kept along an axis."""
-GAMMA_EXPONENT = (0.7, 1.5)
-"""Power."""
-P_CHANNEL = 0.5
-"""Probability of each channel to take part in a blur or a low resolution."""
-ANISOTROPY_THRESHOLD = 3
-"""A patch whose longest side is more than so many times its shortest is turned and
-zoomed in its plane only (nnU-Net's rule)."""
+AT_ONCE = 2**23
+"""Numbers of an image that are worked on at once, or one volume: it bounds memory."""
 
 
 @dataclass(frozen=True)
-class SpatialDraw:
-    """Rotations and zooms of a batch, and where each patch lies in its tensor."""
+class Wide:
+    """Samples to be turned or zoomed, with as much of the image as that needs."""
 
+    rows: Array
+    """(n,) the samples' places in their batch."""
+    image: Tensor
+    """(n, C, D, H, W), larger than a patch or not."""
+    label: Tensor
+    """(n, D, H, W)."""
     matrices: Array
-    """(B, 3, 3), from offsets in the patch to offsets in the tensor, in voxels."""
-    active: Array
-    """(B,) bool: False where the patch is only cut out."""
-    centers: Array | None = None
-    """(B, 3) voxel position of each patch's middle; None for the tensor's middle."""
+    """(n, 3, 3), from offsets in the patch to offsets in the image, in voxels."""
+    centers: Array
+    """(n, 3), where in the image the patch's middle lies, in voxels."""
 
 
 @dataclass(frozen=True)
@@ -56,172 +55,64 @@ class Batch:
     """(B, C, D, H, W): float32, or float16 as the sampler reads it from the cache."""
     label: Tensor
     """(B, D, H, W) int16, the data set's own integers."""
-    spatial: SpatialDraw | None = None
-    """Rotations and zooms that were drawn while reading, still to be applied."""
+    wide: tuple[Wide, ...] | None = None
+    """Rotations and zooms that were drawn while reading; their samples are still to be
+    filled in. None where none were drawn."""
     case_ids: tuple[str, ...] = ()
     """The case of each sample, for messages; may be empty."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy the tensors to a device."""
-        image = self.image.to(device, non_blocking=non_blocking)
-        label = self.label.to(device, non_blocking=non_blocking)
-        return Batch(image, label, self.spatial, self.case_ids)
+        return self._changed(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory, for faster copies to a GPU."""
-        image, label = self.image.pin_memory(), self.label.pin_memory()
-        return Batch(image, label, self.spatial, self.case_ids)
+        return self._changed(lambda part: part.pin_memory())
 
+    def split(self, size: int) -> list[Batch]:
+        """Give batches of so many samples, which share this one's memory."""
+        images, labels = self.image.split(size), self.label.split(size)
+        names = [self.case_ids[i : i + size] for i in range(0, len(self.image), size)]
+        return [
+            Batch(image, label, case_ids=ids)
+            for image, label, ids in zip(images, labels, names, strict=True)
+        ]
 
-@dataclass(frozen=True)
-class IntensityDraw:
-    """Parameters of everything but rotations and zooms; NaN where nothing happens."""
-
-    noise_deviation: Array
-    """(B,), the same noise for all channels, as nnU-Net does."""
-    noise_seed: Array
-    """(B,) seeds of the noise fields."""
-    blur_sigma: Array
-    """(B, C, 3) voxels along D, H, W."""
-    brightness: Array
-    """(B, C) multipliers."""
-    contrast: Array
-    """(B, C) multipliers of the distance from the mean."""
-    low_resolution: Array
-    """(B, C, 3) share of voxels kept along D, H, W."""
-    gamma_inverted: Array
-    """(B, C) powers on the negative image."""
-    gamma: Array
-    """(B, C) powers."""
-    mirror: Array
-    """(B, 3) bool along D, H, W."""
-
-
-@dataclass(frozen=True)
-class AugmentationDraw:
-    """All parameters for one batch."""
-
-    spatial: SpatialDraw
-    intensity: IntensityDraw
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        wide = self.wide and tuple(
+            replace(part, image=change(part.image), label=change(part.label))
+            for part in self.wide
+        )
+        return Batch(change(self.image), change(self.label), wide, self.case_ids)
 
 
 def augment(
-    batch: Batch, patch_size: Size3, config: AugmentationConfig, generator_seed: int
+    batch: Batch, patch_size: Size3, config: AugmentationConfig, generator_seed: Seeds
 ) -> Batch:
     """Change a batch at random, on the batch's device.
 
     Args:
         batch: Patches; where the sampler has drawn rotations and zooms already
-            (`Batch.spatial`), those are applied, else they are drawn here.
+            (`Batch.wide`), those are applied, else they are drawn here.
         patch_size: Voxels of the patches to give back along D, H, W.
         config: What to do how often; `enabled=False` only cuts the patches out.
-        generator_seed: The result is a function of the batch and this.
+        generator_seed: The result is a function of the batch and this. Several seeds
+            treat the batch as so many batches of one size, one after the other.
 
     Returns:
         A new batch of shape (B, C, *patch_size), float32, and (B, *patch_size); the
         given one is left as it was.
     """
     count, channels = batch.image.shape[:2]
-    drawn = draw(config, count, channels, patch_size, generator_seed)
-    spatial = drawn.spatial if batch.spatial is None else batch.spatial
-    return apply(batch, patch_size, AugmentationDraw(spatial, drawn.intensity))
+    if not isinstance(generator_seed, int):
+        count //= len(generator_seed)
+    if batch.wide is None:
+        spatial = draw_spatial(config, count, patch_size, generator_seed)
+        batch = _widen(batch, patch_size, spatial)
+    intensity = draw_intensity(config, count, channels, patch_size, generator_seed)
+    return _change(batch, intensity)
 
 
-def draw(
-    config: AugmentationConfig,
-    batch_size: int,
-    channels: int,
-    patch_size: Size3,
-    seed: int,
-) -> AugmentationDraw:
-    """Draw the parameters for a batch.
-
-    Args:
-        config: Probabilities and ranges.
-        batch_size: Samples, B.
-        channels: Image channels, C.
-        patch_size: Voxels of a patch along D, H, W.
-        seed: Any integer; the draw is a function of it.
-
-    Returns:
-        The parameters.
-    """
-    return AugmentationDraw(
-        draw_spatial(config, batch_size, patch_size, seed),
-        draw_intensity(config, batch_size, channels, patch_size, seed),
-    )
-
-
-def draw_spatial(
-    config: AugmentationConfig, batch_size: int, patch_size: Size3, seed: int
-) -> SpatialDraw:
-    """Draw rotations and zooms; arguments as for `draw`."""
-    random = generator(seed, 1)
-    flat = flat_axis(patch_size)
-    limit = config.rotation_degrees
-    if flat is not None:
-        limit = config.rotation_degrees_in_plane
-    angles = np.radians(random.uniform(-limit, limit, (batch_size, 3)))
-    zooms = random.uniform(*config.scaling, batch_size)
-    turned = _happens(random, config.enabled * config.p_rotation, batch_size)
-    zoomed = _happens(random, config.enabled * config.p_scaling, batch_size)
-    if flat is not None:
-        angles[:, [axis for axis in range(3) if axis != flat]] = 0
-    scales = np.where(zoomed, zooms, 1.0)[:, None].repeat(3, 1)
-    if flat is not None:
-        scales[:, flat] = 1.0
-    rotations = [rotation_matrix(a) for a in np.where(turned[:, None], angles, 0.0)]
-    matrices = np.stack(rotations) * scales[:, None, :]
-    return SpatialDraw(matrices, turned | zoomed)
-
-
-def draw_intensity(
-    config: AugmentationConfig,
-    batch_size: int,
-    channels: int,
-    patch_size: Size3,
-    seed: int,
-) -> IntensityDraw:
-    """Draw everything but rotations and zooms; arguments as for `draw`."""
-    random = generator(seed, 2)
-    on = float(config.enabled)
-    pair = (batch_size, channels)
-
-    def sometimes(values: Array, probability: float) -> Array:
-        happens = _happens(random, on * probability, batch_size)
-        shape = (batch_size,) + (1,) * (values.ndim - 1)
-        return np.where(happens.reshape(shape), values, np.nan)
-
-    def some_channels(values: Array, probability: float) -> Array:
-        chosen = random.random(pair) < P_CHANNEL
-        return sometimes(np.where(chosen[..., None], values, np.nan), probability)
-
-    scales = random.uniform(*LOW_RESOLUTION_SCALE, (*pair, 1)).repeat(3, 2)
-    flat = flat_axis(patch_size)
-    if flat is not None:
-        scales[..., flat] = 1.0
-    noise = random.uniform(*NOISE_DEVIATION, batch_size)
-    sigma = random.uniform(*BLUR_SIGMA, (*pair, 3))
-    return IntensityDraw(
-        noise_deviation=sometimes(noise, config.p_noise),
-        noise_seed=random.integers(0, 2**62, batch_size),
-        blur_sigma=some_channels(sigma, config.p_blur),
-        brightness=sometimes(
-            _about_one(random, BRIGHTNESS_FACTOR, pair), config.p_brightness
-        ),
-        contrast=sometimes(
-            _about_one(random, CONTRAST_FACTOR, pair), config.p_contrast
-        ),
-        low_resolution=some_channels(scales, config.p_low_resolution),
-        gamma_inverted=sometimes(
-            _about_one(random, GAMMA_EXPONENT, pair), config.p_gamma_inverted
-        ),
-        gamma=sometimes(_about_one(random, GAMMA_EXPONENT, pair), config.p_gamma),
-        mirror=_draw_mirror(random, config, batch_size),
-    )
-
-
-@torch.no_grad()
 def apply(batch: Batch, patch_size: Size3, drawn: AugmentationDraw) -> Batch:
     """Apply drawn parameters, in nnU-Net's order.
 
@@ -233,138 +124,113 @@ def apply(batch: Batch, patch_size: Size3, drawn: AugmentationDraw) -> Batch:
     Returns:
         A new batch of shape (B, C, *patch_size) and (B, *patch_size).
     """
-    image, label = apply_spatial(batch, patch_size, drawn.spatial)
-    for index in range(len(image)):
-        _change_intensities(image[index], drawn.intensity, index)
-        axes = np.flatnonzero(drawn.intensity.mirror[index]).tolist()
-        if axes:
-            image[index] = image[index].flip([axis + 1 for axis in axes])
-            label[index] = label[index].flip(axes)
+    return _change(_widen(batch, patch_size, drawn.spatial), drawn.intensity)
+
+
+def _widen(batch: Batch, patch_size: Size3, drawn: SpatialDraw) -> Batch:
+    """Cut the patches out of the middle; keep all of those that are to be turned."""
+    shape, size = batch.label.shape[1:], patch_size
+    # A tensor larger than the patch by an odd number has its middle between voxels.
+    first = [(a - b) // 2 for a, b in zip(shape, size, strict=True)]
+    start = (first[0], first[1], first[2])
+    image, label = (
+        transforms.crop(part, start, size) for part in (batch.image, batch.label)
+    )
+    center = np.asarray(start) + (np.asarray(size) - 1) / 2
+    wide = []
+    for rows in _few(np.flatnonzero(drawn.active), batch.image[0].numel()):
+        place = transforms.send(rows, image.device)
+        images = batch.image.index_select(0, place)
+        labels = batch.label.index_select(0, place)
+        centers = np.tile(center, (len(rows), 1))
+        wide.append(Wide(rows, images, labels, drawn.matrices[rows], centers))
+    return Batch(image, label, tuple(wide), batch.case_ids)
+
+
+@torch.no_grad()
+def _change(batch: Batch, drawn: IntensityDraw) -> Batch:
+    dtype = torch.promote_types(batch.image.dtype, torch.float32)
+    layout = torch.contiguous_format
+    image = batch.image.to(dtype, copy=True, memory_format=layout)
+    label = batch.label.clone(memory_format=layout)
+    for part in batch.wide or ():
+        _fill_in(part, image, label)
+    _add_noise(image, drawn)
+    _change_intensities(image.flatten(0, 1), drawn)
+    _mirror(image, label, drawn.mirror)
     return Batch(image, label, case_ids=batch.case_ids)
 
 
-def apply_spatial(
-    batch: Batch, patch_size: Size3, drawn: SpatialDraw
-) -> tuple[Tensor, Tensor]:
-    """Rotate and zoom the samples that have it, cut the others out.
-
-    Args:
-        batch: Patches with more around them.
-        patch_size: Voxels to give back along D, H, W.
-        drawn: Matrices and positions.
-
-    Returns:
-        New tensors (B, C, *patch_size), float32 (or float64 as given), and
-        (B, *patch_size).
-    """
-    size = np.asarray(patch_size)
-    count, channels, *shape = batch.image.shape
-    dtype = torch.promote_types(batch.image.dtype, torch.float32)
-    image = batch.image.new_empty((count, channels, *patch_size), dtype=dtype)
-    label = batch.label.new_empty((count, *patch_size))
-    # A tensor larger than the patch by an odd number has its middle between voxels.
-    middle = (size - 1) / 2 + (np.asarray(shape) - size) // 2
-    for index in range(count):
-        center = middle if drawn.centers is None else drawn.centers[index]
-        source, target = batch.image[index], batch.label[index]
-        if drawn.active[index]:
-            how = (drawn.matrices[index], center, patch_size)
-            image[index] = transforms.sample_affine(source.to(dtype), *how)
-            label[index] = transforms.sample_affine_labels(target, *how)
-        else:
-            begin = np.round(center - (size - 1) / 2).astype(int)
-            start = (int(begin[0]), int(begin[1]), int(begin[2]))
-            image[index] = transforms.crop(source, start, patch_size)
-            label[index] = transforms.crop(target, start, patch_size)
-    return image, label
+def _fill_in(part: Wide, image: Tensor, label: Tensor) -> None:
+    """Turn and zoom samples, and put them into their places."""
+    shape, size = part.label.shape[1:], label.shape[1:]
+    size, shape = (size[0], size[1], size[2]), (shape[0], shape[1], shape[2])
+    places = (part.matrices, part.centers)
+    grid = transforms.affine_grid(*places, size, shape, image.device)
+    rows = transforms.send(part.rows, image.device)
+    image.index_copy_(0, rows, transforms.sample(part.image.to(image.dtype), grid))
+    label.index_copy_(0, rows, transforms.sample_labels(part.label, grid))
 
 
-def flat_axis(patch_size: Size3) -> int | None:
-    """Give the thin axis of a very anisotropic patch, which stays as it is, or None."""
-    shortest = int(np.argmin(patch_size))
-    thin = max(patch_size) > ANISOTROPY_THRESHOLD * patch_size[shortest]
-    return shortest if thin else None
+def _add_noise(image: Tensor, drawn: IntensityDraw) -> None:
+    source = torch.Generator(image.device)
+
+    def add(samples: Tensor, rows: Array) -> Tensor:
+        fields = torch.empty_like(samples[:, :1])
+        for field, row in zip(fields, rows, strict=True):
+            source.manual_seed(int(drawn.noise_seed[row]))
+            field.normal_(0, float(drawn.noise_deviation[row]), generator=source)
+        return samples + fields
+
+    _change_rows(image, _drawn(drawn.noise_deviation), add)
 
 
-def rotation_matrix(angles: Array) -> Array:
-    """Compose rotations about D, then H, then W.
-
-    Args:
-        angles: (3,) radians about D, H, W.
-
-    Returns:
-        (3, 3) on voxel offsets along (D, H, W).
-    """
-    matrix = np.eye(3)
-    for axis, (sine, cosine) in enumerate(
-        zip(np.sin(angles), np.cos(angles), strict=True)
-    ):
-        first, second = [other for other in range(3) if other != axis]
-        turn = np.eye(3)
-        turn[[first, second], [first, second]] = cosine
-        turn[first, second], turn[second, first] = -sine, sine
-        matrix = turn @ matrix
-    return matrix
+def _change_intensities(volumes: Tensor, drawn: IntensityDraw) -> None:
+    """Change the channels of all samples (B C, D, H, W) in place."""
+    steps = (
+        (drawn.blur_sigma, transforms.gaussian_blur),
+        (drawn.brightness, transforms.brightness),
+        (drawn.contrast, transforms.contrast),
+        (drawn.low_resolution, transforms.low_resolution),
+        (drawn.gamma_inverted, partial(transforms.gamma, inverted=True)),
+        (drawn.gamma, transforms.gamma),
+    )
+    for parameters, change in steps:
+        _change_drawn(volumes, parameters, change)
 
 
-def generator(*numbers: int) -> np.random.Generator:
-    """Make a generator whose numbers depend on all the given integers only."""
-    entropy = [number % 2**64 for number in numbers]
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+def _change_drawn(
+    volumes: Tensor, parameters: Array, change: Callable[[Tensor, Array], Tensor]
+) -> None:
+    """Change the volumes that have parameters (B, C, ...) other than NaN."""
+    values = parameters.reshape(len(volumes), *parameters.shape[2:])
+    _change_rows(volumes, _drawn(values), lambda part, rows: change(part, values[rows]))
 
 
-def _happens(random: np.random.Generator, probability: float, count: int) -> Array:
-    return random.random(count) < probability
+def _mirror(image: Tensor, label: Tensor, mirror: Array) -> None:
+    codes = mirror @ np.array([1, 2, 4])
+    for code in range(1, 8):
+        rows = np.flatnonzero(codes == code)
+        axes = [axis - 3 for axis in range(3) if code >> axis & 1]
+        for tensor in (image, label):
+            _change_rows(tensor, rows, lambda part, _, axes=axes: part.flip(axes))
 
 
-def _about_one(
-    random: np.random.Generator, limits: tuple[float, float], shape: tuple[int, ...]
-) -> Array:
-    """Draw below one and above one equally often (nnU-Net's BGContrast)."""
-    below = random.uniform(limits[0], 1.0, shape)
-    above = random.uniform(1.0, limits[1], shape)
-    return np.where(random.random(shape) < 0.5, below, above)
+def _drawn(values: Array) -> Array:
+    """Give the rows that hold numbers."""
+    return np.flatnonzero(np.isfinite(values).reshape(len(values), -1).all(1))
 
 
-def _draw_mirror(
-    random: np.random.Generator, config: AugmentationConfig, batch_size: int
-) -> Array:
-    flips = random.random((batch_size, 3)) < 0.5
-    if not set(config.mirror_axes) <= {0, 1, 2}:
-        raise ConfigError(
-            describe(
-                "bad axes for mirroring",
-                expected="axes out of 0, 1, 2",
-                found=config.mirror_axes,
-            )
-        )
-    allowed = [config.enabled and axis in config.mirror_axes for axis in range(3)]
-    return flips & np.asarray(allowed)
+def _change_rows(
+    tensor: Tensor, rows: Array, change: Callable[[Tensor, Array], Tensor]
+) -> None:
+    """Replace some rows of a tensor, a few at a time."""
+    for some in _few(rows, tensor[0].numel()):
+        place = transforms.send(some, tensor.device)
+        tensor.index_copy_(0, place, change(tensor.index_select(0, place), some))
 
 
-def _change_intensities(image: Tensor, drawn: IntensityDraw, index: int) -> None:
-    """Change one sample (C, D, H, W) in place."""
-    if np.isfinite(drawn.noise_deviation[index]):
-        image += _noise(image, drawn, index)
-    for channel, volume in enumerate(image):
-        at = (index, channel)
-        if np.isfinite(drawn.blur_sigma[at]).all():
-            volume.copy_(transforms.gaussian_blur(volume, drawn.blur_sigma[at]))
-        if np.isfinite(drawn.brightness[at]):
-            volume.mul_(float(drawn.brightness[at]))
-        if np.isfinite(drawn.contrast[at]):
-            volume.copy_(transforms.contrast(volume, float(drawn.contrast[at])))
-        if np.isfinite(drawn.low_resolution[at]).all():
-            volume.copy_(transforms.low_resolution(volume, drawn.low_resolution[at]))
-        if np.isfinite(drawn.gamma_inverted[at]):
-            power = float(drawn.gamma_inverted[at])
-            volume.copy_(transforms.gamma(volume, power, inverted=True))
-        if np.isfinite(drawn.gamma[at]):
-            volume.copy_(transforms.gamma(volume, float(drawn.gamma[at])))
-
-
-def _noise(image: Tensor, drawn: IntensityDraw, index: int) -> Tensor:
-    source = torch.Generator(image.device).manual_seed(int(drawn.noise_seed[index]))
-    shape, device = image.shape[1:], image.device
-    field = torch.randn(shape, generator=source, device=device, dtype=image.dtype)
-    return field.mul_(float(drawn.noise_deviation[index]))
+def _few(rows: Array, numbers: int) -> Iterator[Array]:
+    count = max(AT_ONCE // max(numbers, 1), 1)
+    for first in range(0, len(rows), count):
+        yield rows[first : first + count]

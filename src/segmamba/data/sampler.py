@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from segmamba.config import AugmentationConfig
-from segmamba.data.augment import Batch, SpatialDraw, draw_spatial, generator
+from segmamba.data.augment import AT_ONCE, Batch, Wide
+from segmamba.data.cases import CaseSource, OpenCase, OpenCases
+from segmamba.data.draws import SpatialDraw, draw_spatial, generator, step_seed
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import ConfigError, describe
 from segmamba.types import Array, Size3
 
-_OPEN_CASES = 64
-"""Cases kept open; each holds two file handles."""
 _TRIES = 32
 """Voxels looked at in search of an annotated one."""
 
-
-class CaseArrays(Protocol):
-    """What the sampler needs of a cached case."""
-
-    @property
-    def image(self) -> Array:
-        """(C, D, H, W), memory-mapped."""
-        ...
-
-    @property
-    def label(self) -> Array:
-        """(D, H, W) integers, memory-mapped."""
-        ...
-
-    @property
-    def foreground(self) -> Mapping[int, Array]:
-        """Label value to some of its voxels (n, 3)."""
-        ...
-
-
-class CaseSource(Protocol):
-    """Anything that loads cases by id, such as `segmamba.data.cache.Cache`."""
-
-    def load(self, case_id: str) -> CaseArrays:
-        """Open a case."""
-        ...
+Start = list[int]
+"""A patch's first voxel along D, H, W."""
 
 
 class PatchSampler:
@@ -68,7 +43,7 @@ class PatchSampler:
         *,
         oversample_foreground: float = 0.33,
         seed: int = 12345,
-        margin: AugmentationConfig | Size3 | None = None,
+        margin: AugmentationConfig | None = None,
     ) -> None:
         """Prepare a sampler; nothing is read yet.
 
@@ -82,10 +57,9 @@ class PatchSampler:
                 As in nnU-Net it is rounded to whole patches of a batch; where that
                 gives none, each patch is chosen with this probability.
             seed: Batches are a function of this and the step.
-            margin: What lies around the patches. The augmentation's configuration:
-                rotations and zooms are drawn here, and just what those need is read
-                (`Batch.spatial`, which `augment` applies). Three numbers: so many
-                voxels more on both sides of D, H, W. None: bare patches.
+            margin: The augmentation, if there will be one: rotations and zooms are
+                drawn here, and just what those need around the patches is read
+                (`Batch.wide`, which `augment` applies). None: bare patches.
 
         Raises:
             ConfigError: An argument is out of range.
@@ -94,11 +68,16 @@ class PatchSampler:
         self.case_ids = tuple(case_ids)
         self.patch_size = patch_size
         self.batch_size = batch_size
-        self.scheme = scheme
         self.oversample_foreground = oversample_foreground
         self.seed = seed
         self.margin = margin
-        self._load = functools.lru_cache(maxsize=_OPEN_CASES)(cache.load)
+        self._ignored = scheme.ignore_label
+        self._open = OpenCases(cache, scheme)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images; a case is opened to see."""
+        return self._open(self.case_ids[0]).image.shape[0]
 
     def batch(self, step: int, *, pin_memory: bool = False) -> Batch:
         """Read the batch of a step; safe to call from several threads.
@@ -108,123 +87,147 @@ class PatchSampler:
             pin_memory: Read into page-locked memory, for fast copies to a GPU.
 
         Returns:
-            image (B, C, *size) of the cache's type (mostly float16, which is half to
-            read and to copy) and label (B, *size) int16 on the CPU. The size is the
-            patch's where `margin` is None.
+            image (B, C, *patch) of the cache's type (mostly float16, which is half to
+            read and to copy) and label (B, *patch) int16 on the CPU. Samples that are
+            to be turned or zoomed are 0; what these need is in `Batch.wide`.
         """
-        random = generator(self.seed, step)
-        forced = self._forced(random)
-        spatial = self._draw_spatial(step)
-        regions, centers, names = [], [], []
-        for index in range(self.batch_size):
-            names.append(self.case_ids[random.integers(len(self.case_ids))])
-            case = self._load(names[-1])
-            start = self._choose_start(case, bool(forced[index]), random)
-            lower, upper = self._region(case, start, spatial, index)
-            regions.append((case, lower, upper))
-            centers.append(start + (np.asarray(self.patch_size) - 1) / 2 - lower)
-        image, label = _read(regions, pin_memory)
+        return self.batches([step], pin_memory=pin_memory)
+
+    def batches(self, steps: Sequence[int], *, pin_memory: bool = False) -> Batch:
+        """Read the batches of several steps, one after the other, as one."""
+        patches = [patch for step in steps for patch in self._choose(step)]
+        cases = [case for case, _ in patches]
+        image, label = _allocate(cases, self.patch_size, pin_memory)
+        spatial = self._draw_spatial(steps)
+        turned = [False] * len(patches)
         if spatial is not None:
-            spatial = SpatialDraw(spatial.matrices, spatial.active, np.stack(centers))
-        return Batch(image, label, spatial, tuple(names))
+            turned = spatial.active.tolist()
+        rows = zip(patches, turned, image.numpy(), label.numpy(), strict=True)
+        for (case, start), is_turned, i, k in rows:
+            if is_turned:
+                i[...], k[...] = 0, 0
+            else:
+                stop = [a + n for a, n in zip(start, self.patch_size, strict=True)]
+                _read(case, start, stop, i, k)
+        wide = None
+        if spatial is not None:
+            wide = tuple(self._read_wide(patches, spatial, pin_memory))
+        return Batch(image, label, wide, tuple(case.id for case in cases))
 
-    def _forced(self, random: np.random.Generator) -> Array:
-        share, size = self.oversample_foreground, self.batch_size
-        luck = random.random(size) < share
-        free = round(size * (1 - share))
-        return luck if free == size else np.arange(size) >= free
+    def _choose(self, step: int) -> Iterator[tuple[OpenCase, Start]]:
+        """Choose the case and the first voxel of each patch of a step."""
+        random = generator(self.seed, step)
+        free = round(self.batch_size * (1 - self.oversample_foreground))
+        for row, luck in enumerate(random.random((self.batch_size, 7)).tolist()):
+            forced = row >= free
+            if free == self.batch_size:
+                forced = luck[0] < self.oversample_foreground
+            case = self._open(self.case_ids[int(luck[1] * len(self.case_ids))])
+            voxel = _foreground_voxel(case, luck[2], luck[3]) if forced else None
+            if voxel is None and self._ignored is not None:
+                voxel = self._annotated_voxel(case, random)
+            yield case, self._start(case, voxel, luck[4:])
 
-    def _draw_spatial(self, step: int) -> SpatialDraw | None:
-        if not isinstance(self.margin, AugmentationConfig):
-            return None
-        seed = int(generator(self.seed, step, 1).integers(2**62))
-        return draw_spatial(self.margin, self.batch_size, self.patch_size, seed)
-
-    def _choose_start(
-        self, case: CaseArrays, forced: bool, random: np.random.Generator
-    ) -> Array:
-        """Choose a patch's first voxel, inside the image where that is possible."""
-        room = np.asarray(case.label.shape) - np.asarray(self.patch_size)
-        lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
-        voxel = self._foreground_voxel(case, random) if forced else None
-        if voxel is None and self.scheme.ignore_label is not None:
-            voxel = self._annotated_voxel(case, random)
+    def _start(self, case: OpenCase, voxel: Start | None, luck: list[float]) -> Start:
+        """Give a patch's first voxel, inside the image where that is possible."""
+        room = [a - n for a, n in zip(case.shape, self.patch_size, strict=True)]
         if voxel is None:
-            return random.integers(lowest, highest + 1)
-        centered = np.asarray(voxel) - np.asarray(self.patch_size) // 2
-        return np.clip(centered, lowest, highest)
-
-    def _foreground_voxel(
-        self, case: CaseArrays, random: np.random.Generator
-    ) -> Array | None:
-        skipped = (0, self.scheme.ignore_label)
-        found = [
-            places
-            for value, places in sorted(case.foreground.items())
-            if value not in skipped and len(places)
+            return [
+                min(n, 0) + int(share * (abs(n) + 1))
+                for n, share in zip(room, luck, strict=True)
+            ]
+        return [
+            min(max(middle - size // 2, min(n, 0)), max(n, 0))
+            for middle, size, n in zip(voxel, self.patch_size, room, strict=True)
         ]
-        if not found:
-            return None
-        places = found[random.integers(len(found))]
-        return np.asarray(places[random.integers(len(places))], int)
 
     def _annotated_voxel(
-        self, case: CaseArrays, random: np.random.Generator
-    ) -> Array | None:
-        voxels = random.integers(0, case.label.shape, (_TRIES, 3))
-        for voxel in voxels:
-            if case.label[tuple(voxel)] != self.scheme.ignore_label:
+        self, case: OpenCase, random: np.random.Generator
+    ) -> Start | None:
+        for voxel in random.integers(0, case.shape, (_TRIES, 3)).tolist():
+            if case.label[tuple(voxel)] != self._ignored:
                 return voxel
         return None
 
-    def _region(
-        self, case: CaseArrays, start: Array, spatial: SpatialDraw | None, index: int
-    ) -> tuple[Array, Array]:
-        """Give the box to read: what a rotation or zoom needs, else the patch."""
-        size = np.asarray(self.patch_size)
-        if spatial is not None and spatial.active[index]:
-            middle = start + (size - 1) / 2
-            reach = np.abs(spatial.matrices[index]) @ ((size - 1) / 2)
-            lower = np.floor(middle - reach).astype(int)
-            upper = np.ceil(middle + reach).astype(int) + 1
-            shape = np.asarray(case.label.shape)
-            lower, upper = np.clip(lower, 0, shape), np.clip(upper, 0, shape)
-            return lower, np.maximum(upper, lower)
-        extra = np.zeros(3, int)
-        if isinstance(self.margin, tuple):
-            extra = np.asarray(self.margin)
-        return start - extra, start + size + extra
+    def _draw_spatial(self, steps: Sequence[int]) -> SpatialDraw | None:
+        if self.margin is None:
+            return None
+        seeds = [step_seed(self.seed, step) for step in steps]
+        return draw_spatial(self.margin, self.batch_size, self.patch_size, seeds)
+
+    def _read_wide(
+        self,
+        patches: list[tuple[OpenCase, Start]],
+        spatial: SpatialDraw,
+        pin_memory: bool,
+    ) -> Iterator[Wide]:
+        """Read the boxes that the rotations and zooms need, some in each tensor."""
+        rows = np.flatnonzero(spatial.active)
+        if not len(rows):
+            return
+        cases, starts = zip(*[patches[row] for row in rows], strict=True)
+        matrices = spatial.matrices[rows]
+        half = (np.asarray(self.patch_size) - 1) / 2
+        middles, reach = np.asarray(starts) + half, np.abs(matrices) @ half
+        shapes = np.asarray([case.shape for case in cases])
+        lower = np.clip(np.floor(middles - reach).astype(int), 0, shapes)
+        upper = np.clip(np.ceil(middles + reach).astype(int) + 1, lower, shapes)
+        sizes = np.maximum(upper - lower, 1)
+        for some in _groups(sizes, cases[0].image.shape[0]):
+            depth, height, width = sizes[some].max(0).tolist()
+            image, label = _allocate(cases[some], (depth, height, width), pin_memory)
+            edges = lower[some].tolist(), upper[some].tolist()
+            boxes = zip(cases[some], *edges, image.numpy(), label.numpy(), strict=True)
+            for box in boxes:
+                _read(*box)
+            centers = middles[some] - lower[some]
+            yield Wide(rows[some], image, label, matrices[some], centers)
+
+
+def _foreground_voxel(case: OpenCase, luck: float, more: float) -> Start | None:
+    if not case.places:
+        return None
+    places = case.places[int(luck * len(case.places))]
+    return places[int(more * len(places))].tolist()
+
+
+def _groups(sizes: Array, channels: int) -> Iterator[slice]:
+    """Divide boxes, in order, so that the padded boxes of a group stay small."""
+    first, largest = 0, sizes[0]
+    for index in range(1, len(sizes)):
+        larger = np.maximum(largest, sizes[index])
+        if (index + 1 - first) * channels * math.prod(larger.tolist()) > AT_ONCE:
+            yield slice(first, index)
+            first, larger = index, sizes[index]
+        largest = larger
+    yield slice(first, len(sizes))
+
+
+def _allocate(
+    cases: Sequence[OpenCase], size: Size3, pin_memory: bool
+) -> tuple[Tensor, Tensor]:
+    kind = np.result_type(*{case.image.dtype for case in cases})
+    dtype = torch.from_numpy(np.empty(0, kind)).dtype
+    shape = (len(cases), cases[0].image.shape[0], *size)
+    image = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+    shape = (len(cases), *size)
+    return image, torch.empty(shape, dtype=torch.int16, pin_memory=pin_memory)
 
 
 def _read(
-    regions: list[tuple[CaseArrays, Array, Array]], pin_memory: bool
-) -> tuple[Tensor, Tensor]:
-    sizes = [upper - lower for _, lower, upper in regions]
-    size = tuple(np.maximum(np.max(sizes, axis=0), 1).tolist())
-    kind = np.result_type(*[case.image.dtype for case, _, _ in regions])
-    dtype = torch.from_numpy(np.empty(0, kind)).dtype
-    channels = regions[0][0].image.shape[0]
-    shape = (len(regions), channels, *size)
-    image = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
-    label = torch.empty((len(regions), *size), dtype=torch.int16, pin_memory=pin_memory)
-    for (case, lower, upper), i, k in zip(
-        regions, image.numpy(), label.numpy(), strict=True
-    ):
-        _read_box(case.image, lower, upper, i)
-        _read_box(case.label, lower, upper, k)
-    return image, label
-
-
-def _read_box(source: Array, lower: Array, upper: Array, target: Array) -> None:
-    """Copy a box (..., D, H, W) to the front of the target; zeros beyond the source."""
-    begin, end = np.maximum(lower, 0), np.minimum(upper, source.shape[-3:])
-    if np.any(end - begin < target.shape[-3:]):
-        target[...] = 0
-    if np.any(end <= begin):
-        return
-    there = tuple(slice(a, b) for a, b in zip(begin, end, strict=True))
-    here = tuple(slice(a, b) for a, b in zip(begin - lower, end - lower, strict=True))
-    target[(..., *here)] = source[(..., *there)]
+    case: OpenCase, lower: list[int], upper: list[int], image: Array, label: Array
+) -> None:
+    """Copy a box to the front of the arrays; zeros beyond the image."""
+    there, here, whole = [], [], True
+    for a, b, n, m in zip(lower, upper, case.shape, image.shape[-3:], strict=True):
+        begin, end = max(a, 0), max(min(b, n), 0)
+        whole &= end - begin == m
+        there.append(slice(begin, end))
+        here.append(slice(begin - a, end - a))
+    if not whole:
+        image[...], label[...] = 0, 0
+    image[(..., *here)] = case.image[(..., *there)]
+    label[tuple(here)] = case.label[tuple(there)]
 
 
 def _check(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from dataclasses import dataclass
 
 import torch
 
 from segmamba.config import AugmentationConfig
-from segmamba.data.augment import Batch, augment, generator
+from segmamba.data.augment import AT_ONCE, Batch, augment
+from segmamba.data.draws import step_seed
 from segmamba.data.sampler import PatchSampler
 
-_AUGMENTATION = 2  # sets these random numbers apart from the sampler's
+STEPS_AT_ONCE = 32
+"""At most so many batches are made at once: a resumed run makes some anew."""
 
 
 def batch_maker(
@@ -19,7 +23,7 @@ def batch_maker(
     *,
     seed: int,
     device: torch.device | str = "cpu",
-) -> Callable[[int], Batch]:
+) -> BatchMaker:
     """Give the function of the step that a `Trainer` draws its batches from.
 
     Args:
@@ -31,15 +35,51 @@ def batch_maker(
     Returns:
         A function from a step (from 0) to a `Batch` on `device`; threads may call it.
     """
-    device = torch.device(device)
+    return BatchMaker(sampler, augmentation, seed, torch.device(device))
 
-    def make_batch(step: int) -> Batch:
-        read = sampler.batch(step, pin_memory=device.type == "cuda")
-        batch = to_device(read, device)
-        step_seed = int(generator(seed, step, _AUGMENTATION).integers(2**62))
-        return augment(batch, sampler.patch_size, augmentation, step_seed)
 
-    return make_batch
+@dataclass(frozen=True)
+class BatchMaker:
+    """Gives the batch of a step; `batch_maker` makes one.
+
+    For a GPU the batches of several steps are made at once, as many as are small
+    together: Python takes as long to launch the work on many samples as on one. Which
+    steps these are depends on nothing but their numbers, so that a step's batch is a
+    function of the seed and the step.
+    """
+
+    sampler: PatchSampler
+    augmentation: AugmentationConfig
+    seed: int
+    device: torch.device
+
+    @functools.cached_property
+    def steps_at_once(self) -> int:
+        """How many steps' batches are made at once, at least 1; 1 on a CPU."""
+        if self.device.type == "cpu":
+            return 1
+        patch = math.prod(self.sampler.patch_size) * self.sampler.channels
+        count = AT_ONCE // (patch * self.sampler.batch_size)
+        return min(max(count, 1), STEPS_AT_ONCE)
+
+    def __call__(self, step: int) -> Batch:
+        """Give the batch of a step (from 0), on the device."""
+        block, place = divmod(step, self.steps_at_once)
+        return self.block(block)[place]
+
+    def block(self, index: int) -> list[Batch]:
+        """Give the batches of a block of `steps_at_once` steps, on the device.
+
+        Args:
+            index: Number of the block, from 0.
+        """
+        sampler, first = self.sampler, index * self.steps_at_once
+        steps = range(first, first + self.steps_at_once)
+        read = sampler.batches(steps, pin_memory=self.device.type == "cuda")
+        seeds = [step_seed(self.seed, step) for step in steps]
+        batch = to_device(read, self.device)
+        batch = augment(batch, sampler.patch_size, self.augmentation, seeds)
+        return batch.split(sampler.batch_size)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
