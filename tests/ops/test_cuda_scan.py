@@ -140,6 +140,23 @@ def test_blocks_take_several_chunks(monkeypatch, poison):
     check_mixer(51, (20, 40, 16, 2), ((3, True),))
 
 
+@pytest.mark.parametrize("kib", [227, 99, 64])
+def test_blocks_fit_the_shared_memory(kib, monkeypatch, poison):
+    """Of data centres' GPUs, of gamers', and of old ones."""
+    asked = []
+    bytes_of = launch._shared_bytes
+    monkeypatch.setattr(launch, "block_memory", lambda device: kib * 1024)
+    monkeypatch.setattr(launch, "chunk_steps", lambda length: 64)
+    monkeypatch.setattr(
+        launch,
+        "_shared_bytes",
+        lambda *a: asked.append(bytes_of(*a)) or asked[-1],
+    )
+    check_mixer(70, (48, 96, 16, 3), (REVERSED,))
+    assert asked[-1] <= kib * 1024
+    assert (asked[-1] > 99 * 1024) == (kib == 227)
+
+
 @pytest.mark.parametrize("steps", [32, 64])
 @pytest.mark.parametrize("length", [64, 101])
 def test_long_chunks(steps, length, monkeypatch, poison):

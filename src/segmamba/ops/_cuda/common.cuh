@@ -203,6 +203,12 @@ INLINE float softplus(float x) {
     return x > 20.0f ? x : small;
 }
 
+// The slope of softplus where it is dt, 1 - exp(-dt), without cancellation.
+INLINE float slope_of(float dt) {
+    float series = dt * (1.0f - dt * (0.5f - dt * (1.0f / 6.0f - dt * (1.0f / 24.0f))));
+    return dt < 0.0625f ? series : 1.0f - exp2_fast(-LOG2E * dt);
+}
+
 // --- sums over a warp ----------------------------------------------------------------
 
 // Sum pairs of values with the lane across: a thread keeps the half that its bit names.

@@ -83,6 +83,19 @@ def order_table(orders: tuple[tuple[int, bool], ...], device: torch.device) -> T
 
 
 @functools.cache
+def block_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have: 64 KiB where nobody says.
+
+    Args:
+        device: A GPU; on a CPU, an emulated large one.
+    """
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many a device has; one where the tests' emulator plays it."""
     if device.type != "cuda":
@@ -319,13 +332,20 @@ class _Cut:
         return 8 * self.across
 
 
-def _cut(per_group: int) -> _Cut:
-    """Choose what leaves the fewest threads idle."""
+def _cut(scan: Scan) -> _Cut:
+    """Choose what leaves the fewest threads idle, of what fits the shared memory."""
+    room = block_memory(scan.u.device)
 
     def of(across: int, held: int) -> _Cut:
-        needed = ceil_divide(per_group, 8 * across)
-        warps = next(n for n in (4, 3, 2, 1) if needed % n == 0)
-        return _Cut(across, warps, needed // warps, held // warps)
+        needed = ceil_divide(scan.channels // scan.groups, 8 * across)
+        cuts = (
+            _Cut(across, warps, needed // warps, held // warps)
+            for warps in (4, 3, 2, 1)
+            if needed % warps == 0
+        )
+        return next(
+            cut for cut in cuts if cut.warps == 1 or _shared_bytes(scan, cut) <= room
+        )
 
     cuts = (of(*square) for square in _SQUARES)
     return min(cuts, key=lambda cut: cut.parts * cut.warps * cut.width)
@@ -334,7 +354,7 @@ def _cut(per_group: int) -> _Cut:
 def _gradients(
     scan: Scan, kept: Tensor, adjoints: Tensor, grad_y: Tensor, grad_u: Tensor
 ) -> ScanGradients:
-    cut, shared = _cut(scan.channels // scan.groups), scan.groups * STATES
+    cut, shared = _cut(scan), scan.groups * STATES
     blocks = _blocks(scan, cut)
     width = scan.channels + 2 * shared
     rows = grad_u.new_empty(scan.rows, scan.length, width)

@@ -269,7 +269,7 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
         float own_dt = m.dt[q.warp][t][q.c][k], own_u = m.u[q.warp][t][q.c][k];
         float own_dy = m.dy[q.warp][t][q.c][k];
         float slope = through[0] * own_u + exponent[0] * LN2;
-        slope *= 1.0f - exp2_fast(-LOG2E * own_dt);
+        slope *= slope_of(own_dt);
         sums.skip += own_dy * own_u;
         sums.bias += slope;
         element of_u = from_float(own_dy * D + through[0] * own_dt);

@@ -300,12 +300,6 @@ INLINE void store_matrices(const Memory &m, const Outputs &out, const Place &p, 
     }
 }
 
-// The slope of softplus, 1 - exp(-dt), without cancellation.
-INLINE float slope_of(float dt) {
-    float series = dt * (1.0f - dt * (0.5f - dt * (1.0f / 6.0f - dt * (1.0f / 24.0f))));
-    return dt < 0.0625f ? series : 1.0f - exp2_fast(-LOG2E * dt);
-}
-
 // Gradients of u, delta and z at a part's steps; sums for D and the bias.
 INLINE void store_rows(const Memory &m, const Inputs &in, const Outputs &out,
                        const Place &p, int t, int softly, const float *skip,
