@@ -28,6 +28,9 @@ def sound(number: int = 3, **tags: Any) -> Group:
     group = make.datasets(number=number, StudyInstanceUID=uid(1), **tags)
     for data in group:
         data.SeriesInstanceUID, data.FrameOfReferenceUID = uid(number), uid(2)
+        # drawn ones have no fixed length, and errors speak of sizes
+        data.SOPInstanceUID = uid(100 * number + data.InstanceNumber)
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     return group
 
 
