@@ -1,6 +1,6 @@
 """A network whose launches a GPU replays at once, as a CUDA graph.
 
-A forward pass is over a thousand launches, and Python needs up to 20 ms for them: more
+A forward pass is over a thousand launches, and Python may need longer for them
 than the GPU needs for a small window. A graph holds the launches with their addresses,
 so it serves one shape and one set of weights.
 """

@@ -17,8 +17,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Register an operator's gradients, and give the fast way to call it.
 
-    An operator of `torch.library` costs a fifth of a millisecond of Python a call,
-    more than small kernels take. Plain tensors go to an autograd function that does
+    An operator of `torch.library` costs more Python a call than small
+    kernels take on a GPU. Plain tensors go to an autograd function that does
     the same; compilers, exporters and tensor subclasses get the operator.
 
     Args:

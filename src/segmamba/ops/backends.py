@@ -31,7 +31,7 @@ def constant_for_compilers(function: Function) -> Function:
     """Say that a function answers the same while a program runs.
 
     Does what `torch.compiler.assume_constant_result` does, which imports all of the
-    compiler for this one mark: a third of the time in which this package is imported.
+    compiler, seconds of it, for this one mark.
 
     Args:
         function: Not to be traced.

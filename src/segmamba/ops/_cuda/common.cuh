@@ -184,6 +184,29 @@ template <class T> INLINE void store8(T *to, const float *values) {
                    pack(T(), values + 6));
 }
 
+// VEC neighbours, where a file defines it: 8, 4 or 1.
+#ifdef VEC
+template <class T> INLINE void load(const T *from, float *values) {
+#if VEC == 8
+    load8(from, values);
+#elif VEC == 4
+    load4(from, values);
+#else
+    values[0] = to_float(*from);
+#endif
+}
+
+template <class T> INLINE void store(T *to, const float *values) {
+#if VEC == 8
+    store8(to, values);
+#elif VEC == 4
+    store4(to, values);
+#else
+    *to = convert<T>(values[0]);
+#endif
+}
+#endif
+
 // --- functions -----------------------------------------------------------------------
 
 INLINE float sigmoid(float x) {

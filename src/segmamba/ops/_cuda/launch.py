@@ -75,7 +75,7 @@ def kept_shape(rows: int, length: int, channels: int) -> tuple[int, ...]:
     return rows, chunks + 1, STATES + 1, channels
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: recorded graphs hold addresses
 def order_table(orders: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
     """Strides and directions as kernels read them: (K, 2) int32 on the device."""
     rows = [[stride, int(reverse)] for stride, reverse in orders]
@@ -110,14 +110,13 @@ class Scan:
     Attributes:
         u: (K * batch, L, E), by position.
         code: Code of the step sizes, last axis of rows.
-        B: (.., L, G * N), last axis contiguous.
-        C: (.., L, G * N), last axis contiguous.
+        B: (.., L, N), last axis contiguous.
+        C: (.., L, N), last axis contiguous.
         rates: A / ln 2, (K, N, E), float32.
         weight: (K, rank, E), float32.
         bias: (K, E), float32.
         skip: D, (K, E), float32.
         orders: Stride and direction of each of K directions.
-        groups: Groups of channels with a B and C of their own.
     """
 
     u: Tensor
@@ -129,7 +128,6 @@ class Scan:
     bias: Tensor
     skip: Tensor
     orders: tuple[tuple[int, bool], ...]
-    groups: int = 1
 
     @property
     def rows(self) -> int:
@@ -162,13 +160,13 @@ class Scan:
     @property
     def warps(self) -> int:
         """Warps of a block."""
-        needed = ceil_divide(self.channels // self.groups, _LANES)
+        needed = ceil_divide(self.channels, _LANES)
         return next((n for n in _WARPS if needed % n == 0), 1)
 
     @property
     def parts(self) -> int:
-        """Blocks that share a group's B and C."""
-        return ceil_divide(self.channels // self.groups, _LANES * self.warps)
+        """Blocks that share B and C."""
+        return ceil_divide(self.channels, _LANES * self.warps)
 
     @property
     def table(self) -> Tensor:
@@ -176,9 +174,8 @@ class Scan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers that every kernel takes: L, E, channels of a group, batch, chunks."""
-        group = self.channels // self.groups
-        return self.length, self.channels, group, self.batch, self.chunks
+        """Numbers that every kernel takes: L, E, batch, chunks."""
+        return self.length, self.channels, self.batch, self.chunks
 
     def kernel(self, name: str) -> Kernel:
         """Give a kernel of scan.cu for the scan's types and sizes."""
@@ -208,7 +205,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         kept: Written: states and sums of step sizes; see `kept_shape`.
         add: Add to y instead.
     """
-    grid = (scan.chunks, scan.groups * scan.parts, scan.rows)
+    grid = (scan.chunks, scan.parts, scan.rows)
     threads, shared = _LANES * scan.warps, scan.code_bytes(scan.steps)
     parameters = (scan.rates, scan.weight, scan.bias)
     strides = (scan.code.stride(-2), scan.B.stride(-2))
@@ -266,7 +263,7 @@ class ScanGradients:
     """What `run_backward` gives besides gradients of u.
 
     Attributes:
-        rows: (rows, L, E + 2 G N): of step sizes before softplus; of B, of C,
+        rows: (rows, L, E + 2 N): of step sizes before softplus; of B, of C,
             summed over channels.
         A: (K, N, E), float32: of A itself.
         D: (K, E), float32.
@@ -296,7 +293,7 @@ def run_backward(
     """
     adjoints = scan.new_slots()
     scan.kernel("adjoint_chunks")(
-        (scan.chunks - 1, scan.groups * scan.parts, scan.rows),
+        (scan.chunks - 1, scan.parts, scan.rows),
         _LANES * scan.warps,
         grad_y,
         scan.code,
@@ -337,7 +334,7 @@ def _cut(scan: Scan) -> _Cut:
     room = block_memory(scan.u.device)
 
     def of(across: int, held: int) -> _Cut:
-        needed = ceil_divide(scan.channels // scan.groups, 8 * across)
+        needed = ceil_divide(scan.channels, 8 * across)
         cuts = (
             _Cut(across, warps, needed // warps, held // warps)
             for warps in (4, 3, 2, 1)
@@ -354,19 +351,19 @@ def _cut(scan: Scan) -> _Cut:
 def _gradients(
     scan: Scan, kept: Tensor, adjoints: Tensor, grad_y: Tensor, grad_u: Tensor
 ) -> ScanGradients:
-    cut, shared = _cut(scan), scan.groups * STATES
+    cut = _cut(scan)
     blocks = _blocks(scan, cut)
-    width = scan.channels + 2 * shared
+    width = scan.channels + 2 * STATES
     rows = grad_u.new_empty(scan.rows, scan.length, width)
     of_states = rows[..., scan.channels :]
     constants = {"ACROSS": cut.across, "WARPS": cut.warps, "RESIDENT": cut.resident}
     if cut.parts > 1:
-        shape = (cut.parts, scan.rows, scan.length, 2 * shared)
+        shape = (cut.parts, scan.rows, scan.length, 2 * STATES)
         of_states = scan.rates.new_empty(shape)
         constants["SPLIT"] = 1
     sums = scan.rates.new_empty(blocks, scan.rows, STATES + 2, scan.channels)
     scan.compiled("scan_backward.cu", "scan_gradients", **constants)(
-        (blocks, scan.groups * cut.parts, scan.rows),
+        (blocks, cut.parts, scan.rows),
         _LANES * cut.warps,
         grad_y,
         scan.u,
@@ -392,7 +389,6 @@ def _gradients(
         scan.C.stride(-2),
         width,
         of_states.stride(-2),
-        shared,
         shared=_shared_bytes(scan, cut),
     )
     if cut.parts > 1:
@@ -403,7 +399,7 @@ def _gradients(
 
 def _blocks(scan: Scan, cut: _Cut) -> int:
     """Blocks along the chunks: as many as are at work at once, each with the like."""
-    others = scan.groups * cut.parts * scan.rows
+    others = cut.parts * scan.rows
     room = max(1, cut.resident * multiprocessors(scan.u.device) // others)
     return ceil_divide(scan.chunks, ceil_divide(scan.chunks, room))
 

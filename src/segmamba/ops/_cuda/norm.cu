@@ -79,26 +79,6 @@ template <int UNROLL, class Body> INLINE void walk(const Place &p, Body body) {
     for (; at < p.end; at += p.step) body(at, 1);
 }
 
-template <class T> INLINE void load(const T *from, float *values) {
-#if VEC == 8
-    load8(from, values);
-#elif VEC == 4
-    load4(from, values);
-#else
-    values[0] = to_float(*from);
-#endif
-}
-
-template <class T> INLINE void store(T *to, const float *values) {
-#if VEC == 8
-    store8(to, values);
-#elif VEC == 4
-    store4(to, values);
-#else
-    *to = convert<T>(values[0]);
-#endif
-}
-
 template <int COUNT, int WIDTH, class T>
 INLINE void load_rows(const T *from, int at, const Place &p, int C, int count,
                       float (&values)[COUNT][WIDTH]) {

@@ -8,13 +8,12 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_chunks(const element *u, const element *code, const element *b, const float *a,
             const float *weight, const float *bias, float *kept, int L, int E,
-            int per_group, int batch, int chunks, int rank, int code_stride,
-            int b_stride) {
+            int batch, int chunks, int rank, int code_stride, int b_stride) {
     __shared__ __align__(16) float B[CHUNK * STATES];
     extern __shared__ __align__(16) float code_s[];
-    Place p = place_of(blockIdx.x, L, per_group, batch, E);
+    Place p = place_of(blockIdx.x, L, batch, E);
     u += p.base * E, code += p.base * code_stride;
-    b += p.base * b_stride + p.group * STATES;
+    b += p.base * b_stride;
     stage_states(B, STATES, b, b_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
     float rate[STATES], state[STATES], total = 0.0f;
@@ -95,15 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 scan_outputs(const element *u, const element *code, const element *b, const element *c,
              const float *a, const float *weight, const float *bias, const float *skip,
              const int *orders, const float *kept, element *y, int L, int E,
-             int per_group, int batch, int chunks, int rank, int code_stride,
-             int b_stride, int c_stride, int add) {
+             int batch, int chunks, int rank, int code_stride, int b_stride,
+             int c_stride, int add) {
     __shared__ __align__(16) float BC[CHUNK * 2 * STATES];
     __shared__ int tokens[CHUNK];
     extern __shared__ __align__(16) float code_s[];
-    Place p = place_of(blockIdx.x, L, per_group, batch, E);
+    Place p = place_of(blockIdx.x, L, batch, E);
     u += p.base * E, code += p.base * code_stride;
-    b += p.base * b_stride + p.group * STATES;
-    c += p.base * c_stride + p.group * STATES;
+    b += p.base * b_stride;
+    c += p.base * c_stride;
     y += (long long)p.row * L * E;
     stage_states(BC, 2 * STATES, b, b_stride, p.count, CHUNK);
     stage_states(BC + STATES, 2 * STATES, c, c_stride, p.count, CHUNK);
@@ -148,15 +147,14 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
 extern "C" __global__ void __launch_bounds__(THREADS)
 adjoint_chunks(const element *grad, const element *code, const element *c,
                const float *a, const float *weight, const float *bias,
-               const int *orders, float *adjoints, int L, int E, int per_group,
-               int batch, int chunks, int grad_rows, int rank, int code_stride,
+               const int *orders, float *adjoints, int L, int E, int batch, int chunks, int grad_rows, int rank, int code_stride,
                int c_stride) {
     __shared__ __align__(16) float C[CHUNK * STATES];
     __shared__ int tokens[CHUNK];
     extern __shared__ __align__(16) float code_s[];
-    Place p = place_of(blockIdx.x + 1, L, per_group, batch, E);
+    Place p = place_of(blockIdx.x + 1, L, batch, E);
     code += p.base * code_stride;
-    c += p.base * c_stride + p.group * STATES;
+    c += p.base * c_stride;
     grad += (long long)(p.row % grad_rows) * L * E;
     stage_states(C, STATES, c, c_stride, p.count, CHUNK);
     stage_code(code_s, code, code_stride, rank, p.count, CHUNK);

@@ -11,23 +11,21 @@
 
 // What a block works on.
 struct Place {
-    int lane, warp, chunk, row, direction, group, channel, count;
+    int lane, warp, chunk, row, direction, channel, count;
     bool valid;       // the channel exists
     long long base;   // first row
 };
 
-INLINE Place place_of(int chunk, int L, int per_group, int batch, int E) {
+INLINE Place place_of(int chunk, int L, int batch, int E) {
     Place p;
-    int parts = (per_group + THREADS - 1) / THREADS;
     p.lane = threadIdx.x % 32;
     p.warp = threadIdx.x / 32;
     p.chunk = chunk;
     p.row = blockIdx.z;
     p.direction = p.row / batch;
-    p.group = blockIdx.y / parts;
-    int inside = blockIdx.y % parts * THREADS + threadIdx.x;
-    p.valid = inside < per_group;
-    p.channel = p.group * per_group + (p.valid ? inside : 0);
+    int inside = blockIdx.y * THREADS + threadIdx.x;
+    p.valid = inside < E;
+    p.channel = p.valid ? inside : 0;
     p.count = min(CHUNK, L - chunk * CHUNK);
     p.base = (long long)p.row * L + chunk * CHUNK;
     return p;

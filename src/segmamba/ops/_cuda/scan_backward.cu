@@ -29,15 +29,15 @@ struct Square {
     bool valid[ACROSS], owner;  // the channels exist; the own one does
 };
 
-INLINE Square square_of(int part, int group, int per_group) {
+INLINE Square square_of(int part, int E) {
     Square q;
     int lane = threadIdx.x % 32;
     q.warp = threadIdx.x / 32, q.s = lane % 4, q.c = lane / 4;
     int inside = (part * WARPS + q.warp) * WIDTH + ACROSS * q.c;
 #pragma unroll
-    for (int k = 0; k < ACROSS; k++) q.valid[k] = inside + k < per_group;
-    q.owner = q.s < ACROSS && inside + q.s < per_group;
-    q.channel = group * per_group + inside;
+    for (int k = 0; k < ACROSS; k++) q.valid[k] = inside + k < E;
+    q.owner = q.s < ACROSS && inside + q.s < E;
+    q.channel = inside;
     q.own = q.channel + q.s;
     return q;
 }
@@ -83,7 +83,7 @@ struct Quad {
 
 // Step sizes, u and B of a part into shared memory; on the way `back` also C and the
 // gradient of y. All that comes from afar is on its way before anything is waited for.
-INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, int count,
+INLINE void stage_part(Shared &m, Place p, int part, int first, int count,
                        bool back, const element *grad, const element *u,
                        const element *code, const element *b, const element *c,
                        const float *weight, const float *bias, const int *orders, int L,
@@ -93,8 +93,8 @@ INLINE void stage_part(Shared &m, Place p, int part, int per_group, int first, i
     float *code_s = &m.left[0][0][0][0][0];
     int last = max(count, 1) - 1;
     int inside = (part * WARPS + p.warp) * WIDTH + p.lane;
-    p.valid = p.lane < WIDTH && inside < per_group;
-    p.channel = p.group * per_group + (p.valid ? inside : 0);
+    p.valid = p.lane < WIDTH && inside < E;
+    p.channel = p.valid ? inside : 0;
     element far_u[PART], far_dy[PART] = {};
 #pragma unroll
     for (int i = 0; i < PART; i++) far_u[i] = u[min(i, last) * E + p.channel];
@@ -201,7 +201,7 @@ struct Targets {
 
 // Gradients of B and C at eight steps, summed over the block's channels.
 INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0,
-                          int count, int columns) {
+                          int count) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 8 * 32; i += THREADS) {
         int t = t0 + i / 32, n = i % 32;
@@ -209,7 +209,7 @@ INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += m.sums[buffer][w][i / 32][n];
-        int at = t * to.bc_stride + (n < STATES ? n : columns + n - STATES);
+        int at = t * to.bc_stride + n;
 #ifdef SPLIT
         static_cast<float *>(to.bc)[at] = total;
 #else
@@ -222,8 +222,7 @@ INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0
 INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
                          float (*of_rate)[ACROSS], Sums &sums,
                          const float (*rate)[ACROSS], Shared &m, const Targets &to,
-                         const Square &q, int g, int count, float D, int E,
-                         int columns) {
+                         const Square &q, int g, int count, float D, int E) {
     float decay[4][4][ACROSS], passed[4][4][ACROSS];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -281,31 +280,28 @@ INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
     }
     if (g & 1) return;
     __syncthreads();
-    finish_states(to, m, g >> 1 & 1, 4 * g, count, columns);
+    finish_states(to, m, g >> 1 & 1, 4 * g, count);
 }
 
 // All gradients, chunk by chunk, from true first states and true last adjoints.
 //
 // Block (p, part, row): chunks p, p + P, ... of a row of sequences. Writes gradients of u
 // and of the step sizes before softplus, those of B and C summed over the block's channels,
-// and, for each p, (P, rows, N + 2, E) sums: for A, for D, and of the step sizes' gradients. SPLIT: several blocks share a group's B and C, and each
-// writes a (rows, L, 2 N groups) float part of its own.
+// and, for each p, (P, rows, N + 2, E) sums: for A, for D, and of the step sizes' gradients. SPLIT: several
+// blocks share B and C, and each writes a (rows, L, 2 N) float part of its own.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 scan_gradients(const element *grad, const element *u, const element *code,
                const element *b, const element *c, const float *a, const float *weight,
                const float *bias, const float *skip, const int *orders,
                const float *kept, const float *adjoints, element *grad_u,
-               element *grad_step, void *grad_bc, float *partial, int L, int E,
-               int per_group, int batch, int chunks, int grad_rows, int rank,
+               element *grad_step, void *grad_bc, float *partial, int L, int E, int batch, int chunks, int grad_rows, int rank,
                int code_stride, int b_stride, int c_stride, int step_stride,
-               int bc_stride, int columns) {
+               int bc_stride) {
     extern __shared__ __align__(16) char memory[];
     Shared &m = *reinterpret_cast<Shared *>(memory);
-    int parts = (per_group + WARPS * WIDTH - 1) / (WARPS * WIDTH);
-    int part = blockIdx.y % parts;
-    Place p = place_of(blockIdx.x, L, per_group, batch, E);
-    p.group = blockIdx.y / parts;
-    Square q = square_of(part, p.group, per_group);
+    int part = blockIdx.y;
+    Place p = place_of(blockIdx.x, L, batch, E);
+    Square q = square_of(part, E);
     grad += (long long)(p.row % grad_rows) * L * E;
     float D = q.owner ? skip[p.direction * E + q.own] : 0.0f;
     float rate[4][ACROSS], of_rate[4][ACROSS], state[4][ACROSS], adjoint[4][ACROSS];
@@ -325,10 +321,10 @@ scan_gradients(const element *grad, const element *u, const element *code,
             long long row = p.base + begin;
             load_square(state, kept + slot_of(p, chunk, chunks, E), q, E);
             for (int at = 0; at <= begin; at += PART) {
-                stage_part(m, p, part, per_group, at, min(PART, p.count - at),
+                stage_part(m, p, part, at, min(PART, p.count - at),
                            at == begin, grad, u + p.base * E, code + p.base * code_stride,
-                           b + p.base * b_stride + p.group * STATES,
-                           c + p.base * c_stride + p.group * STATES, weight, bias,
+                           b + p.base * b_stride,
+                           c + p.base * c_stride, weight, bias,
                            orders, L, E, rank, code_stride, b_stride, c_stride);
                 walk(state, rate, m, q, at < begin ? GROUPS : GROUPS - 1, at == begin);
             }
@@ -336,14 +332,14 @@ scan_gradients(const element *grad, const element *u, const element *code,
                           step_stride, bc_stride};
 #ifdef SPLIT
             long long bc_row = row + (long long)part * gridDim.z * L;
-            to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride + p.group * STATES;
+            to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
 #else
-            to.bc = static_cast<element *>(grad_bc) + row * bc_stride + p.group * STATES;
+            to.bc = static_cast<element *>(grad_bc) + row * bc_stride;
 #endif
             for (int g = GROUPS - 1; g >= 0; g--) {
                 if (g < GROUPS - 1) take_up(state, m, q, g);
                 return_group(state, adjoint, of_rate, sums, rate, m, to, q, g,
-                             p.count - begin, D, E, columns);
+                             p.count - begin, D, E);
             }
         }
     }

@@ -16,7 +16,7 @@ SQUARE = 16
 """Channels of a warp that walks back for gradients."""
 
 _SHORT = 1024
-"""Steps that are walked at once, however few channels there are: some 20 microseconds,
+"""Steps that are walked at once, however few channels there are: for a moment only,
 which two more launches and the gaps between them would take."""
 
 _PER = (4, 2, 1)

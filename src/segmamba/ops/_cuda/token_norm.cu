@@ -12,26 +12,6 @@
 #define VECTORS (CHANNELS / VEC)
 #define MINE ((VECTORS + LANES - 1) / LANES)
 
-template <class T> INLINE void load(const T *from, float *values) {
-#if VEC == 8
-    load8(from, values);
-#elif VEC == 4
-    load4(from, values);
-#else
-    values[0] = to_float(*from);
-#endif
-}
-
-template <class T> INLINE void store(T *to, const float *values) {
-#if VEC == 8
-    store8(to, values);
-#elif VEC == 4
-    store4(to, values);
-#else
-    *to = convert<T>(values[0]);
-#endif
-}
-
 // Call body(first channel, first number in registers) for each vector of a thread.
 template <class Body> INLINE void each_vector(Body body) {
     const int lane = threadIdx.x % LANES;
