@@ -303,7 +303,7 @@ tri_scan.register_autograd(_tri_gradients, setup_context=_tri_context)
 
 
 def _form(strides, reverses, states, rank, taps):
-    from segmamba.ops._cuda.mixer import Form
+    from segmamba.ops._cuda.directions import Form
 
     return Form(tuple(_orders(strides, reverses)), states, rank, taps)
 

@@ -7,37 +7,32 @@ one case at a time, for little memory.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segmamba.ops._cuda.compiler import Kernel, kernel
+from segmamba.ops._cuda.directions import (
+    RUN,
+    THREADS,
+    Directions,
+    Form,
+    arrange,
+    mixer_kernel,
+)
 from segmamba.ops._cuda.launch import (
     LOG2E,
     STATES,
     Scan,
     ceil_divide,
     kept_shape,
-    kind_of,
     order_table,
     run_backward,
     run_forward,
 )
 
-Orders = tuple[tuple[int, bool], ...]
-
-_THREADS = 128
-
-_RUN = 16
-"""Rows that a thread of a convolution does."""
-
 _EIGHT = 8
 """Channels of a thread."""
-
-_CODES = 8
-"""The code's columns are padded to a multiple of this, for aligned rows."""
 
 _SUMMED = 3 * 132
 """Blocks that sum gradients of taps: as many as a large GPU does at once."""
@@ -49,115 +44,9 @@ _LONG = 1 << 19
 """Tokens from which they are done in pieces."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a mixer's flat parameters don't say.
-
-    Attributes:
-        orders: Stride and direction of each of K directions.
-        states: States N, at most 16.
-        rank: Rank r of the step sizes' code.
-        taps: Width W of the convolution.
-    """
-
-    orders: Orders
-    states: int
-    rank: int
-    taps: int
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Parameters of K directions as the kernels want them; float32 but `projection`.
-
-    taps (K, W, E), offset (K, E), weight (K, r, E), bias (K, E), rates (K, 16, E) with
-    A / ln 2, skip (K, E), projection (K, P, E) with 16 rows for B, 16 for C, those for
-    the code, and zeros; code_proj (K, r, E) and dt_proj (K, E, r) as the modules have
-    them.
-    """
-
-    taps: Tensor
-    offset: Tensor
-    weight: Tensor
-    bias: Tensor
-    rates: Tensor
-    skip: Tensor
-    projection: Tensor
-    code_proj: Tensor
-    dt_proj: Tensor
-    orders: Orders
-
-    def part(self, which: slice) -> Directions:
-        """Give some directions."""
-        if which == slice(0, len(self.orders)):
-            return self
-        *tensors, orders = vars(self).values()
-        return Directions(*(t[which] for t in tensors), orders[which])
-
-
-def _sizes(form: Form, channels: int) -> list[int]:
-    """Numbers of each kind of parameter, in their order in `flat`."""
-    lines = (form.taps, 1, form.rank + 2 * form.states, form.rank, 1, form.states, 1)
-    return [len(form.orders) * channels * n for n in lines]
-
-
-def arrange(flat: Tensor, form: Form, channels: int, kind: torch.dtype) -> Directions:
-    """Arrange parameters in one launch.
-
-    Args:
-        flat: Taps (K, E, W), offsets (K, E), x_proj (K, r + 2N, E), dt_proj (K, E, r),
-            dt_bias (K, E), A_log (K, E, N) and D (K, E) of K directions, one behind the
-            other; float32.
-        form: Their sizes.
-        channels: E.
-        kind: The projection's type.
-
-    Returns:
-        The directions.
-    """
-    count, taps, rank = len(form.orders), form.taps, form.rank
-    _, offset, x_proj, dt_proj, bias, _, skip = flat.split(_sizes(form, channels))
-    columns = 2 * STATES + ceil_divide(rank, _CODES) * _CODES
-    lines = taps + rank + STATES
-    out = flat.new_empty(count * lines * channels)
-    projection = flat.new_empty(count, columns, channels, dtype=kind)
-    threads = count * (lines + columns) * channels
-    _kernel(projection, "arrange", taps)(
-        (ceil_divide(threads, _THREADS), 1, 1),
-        _THREADS,
-        flat,
-        out,
-        projection,
-        count,
-        channels,
-        rank,
-        form.states,
-        columns,
-    )
-    parts = out.split([count * n * channels for n in (taps, rank, STATES)])
-    taps_, weight, rates = (p.view(count, -1, channels) for p in parts)
-    return Directions(
-        taps=taps_,
-        offset=offset.view(count, channels),
-        weight=weight,
-        bias=bias.view(count, channels),
-        rates=rates,
-        skip=skip.view(count, channels),
-        projection=projection,
-        code_proj=x_proj.view(count, -1, channels)[:, :rank],
-        dt_proj=dt_proj.view(count, channels, rank),
-        orders=form.orders,
-    )
-
-
-def _kernel(like: Tensor, name: str, taps: int) -> Kernel:
-    constants = {"KIND": kind_of(like), "TAPS": taps, "RUN": _RUN}
-    return kernel("mixer.cu", name, like.device, **constants)
-
-
 def _over_rows(rows: int, channels: int) -> int:
     """Blocks that do a number of rows, a thread eight channels of one."""
-    return ceil_divide(rows * (channels // _EIGHT), _THREADS)
+    return ceil_divide(rows * (channels // _EIGHT), THREADS)
 
 
 def _prepare(xz: Tensor, directions: Directions) -> Scan:
@@ -165,9 +54,9 @@ def _prepare(xz: Tensor, directions: Directions) -> Scan:
     batch, length, width = xz.shape
     channels, count = width // 2, len(directions.orders)
     u = xz.new_empty(count * batch, length, channels)
-    _kernel(xz, "conv_silu", directions.taps.shape[1])(
-        (_over_rows(ceil_divide(length, _RUN), channels), count * batch, 1),
-        _THREADS,
+    mixer_kernel(xz, "conv_silu", directions.taps.shape[1])(
+        (_over_rows(ceil_divide(length, RUN), channels), count * batch, 1),
+        THREADS,
         xz,
         directions.taps,
         directions.offset,
@@ -263,9 +152,9 @@ def _gate(
 ) -> None:
     """Sum y over directions into total, and put the gate on the sum."""
     batch, length, channels = gated.shape
-    _kernel(xz, "gate", taps)(
+    mixer_kernel(xz, "gate", taps)(
         (_over_rows(batch * length, channels), 1, 1),
-        _THREADS,
+        THREADS,
         y,
         xz,
         total,
@@ -320,9 +209,9 @@ def mix_backward(
     grad_y = grad @ out_proj
     gated = torch.empty_like(grad_y)
     # z makes room for its gradient, the gated sum's gradient for the sum's
-    _kernel(xz, "gate_back", form.taps)(
+    mixer_kernel(xz, "gate_back", form.taps)(
         (_over_rows(batch * length, channels), 1, 1),
-        _THREADS,
+        THREADS,
         grad_y,
         total,
         xz,
@@ -416,11 +305,11 @@ def _return_conv(
     taps = directions.taps.shape[1]
     orders = order_table(directions.orders, xz.device)
     across = next(n for n in range(16, 0, -1) if channels // _EIGHT % n == 0)
-    high = _THREADS // across
-    runs = ceil_divide(ceil_divide(length, _RUN), high)
+    high = THREADS // across
+    runs = ceil_divide(ceil_divide(length, RUN), high)
     blocks = min(runs, ceil_divide(_SUMMED, count * batch))
     partial = directions.taps.new_empty(count, batch * blocks, taps + 1, channels)
-    _kernel(xz, "conv_silu_back", taps)(
+    mixer_kernel(xz, "conv_silu_back", taps)(
         (blocks, channels // _EIGHT // across, count * batch),
         across * high,
         xz,
@@ -435,9 +324,9 @@ def _return_conv(
         across,
         shared=across * high * _EIGHT * 4,
     )
-    _kernel(xz, "conv_input_back", taps)(
+    mixer_kernel(xz, "conv_input_back", taps)(
         (_over_rows(length, channels), batch, 1),
-        _THREADS,
+        THREADS,
         grad_u,
         directions.taps,
         orders,
