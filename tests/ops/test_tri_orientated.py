@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -369,3 +370,33 @@ def test_several_python_threads_may_call_at_once():
     for result in results:
         for a, b in zip(result, expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+BITS = """
+import hashlib, torch
+from segmamba.nn import create_network
+torch.manual_seed(0)
+network = create_network("segmamba-light", in_channels=1, out_channels=2, dims=(8, 16))
+answer = network(torch.randn(1, 1, 16, 16, 16))
+(answer if torch.is_tensor(answer) else answer[0]).square().mean().backward()
+digest = hashlib.sha256()
+for parameter in network.parameters():
+    if parameter.grad is not None:
+        digest.update(parameter.grad.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_compiled_and_cached_kernels_give_the_same_bits(tmp_path):
+    """What was compiled in this process runs its callees' code, the cache its own."""
+    command = [sys.executable, "-c", BITS]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert any(tmp_path.rglob("*.nbc"))
+    assert len(first) == 65
+    assert first == second

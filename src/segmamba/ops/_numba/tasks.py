@@ -33,7 +33,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The compiled function.
     """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options = {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder is writable, not even the user's cache
