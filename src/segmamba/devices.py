@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
@@ -187,6 +188,34 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+@contextlib.contextmanager
+def recording(device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
+    """Record launches as a CUDA graph, to be replayed once it ends.
+
+    Other threads may go on using the GPU meanwhile.
+
+    Args:
+        device: The GPU. After a failure it is as it was before.
+
+    Yields:
+        The graph.
+    """
+    with torch.cuda.device(device):
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        numbers = torch.cuda.default_generators[torch.cuda.current_device()]
+        kept = numbers.clone_state()
+        options = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, **options):
+                yield graph
+        except BaseException:
+            # Random numbers would wait for the end of a record that has failed.
+            numbers.graphsafe_set_state(kept)
+            raise
+        finally:
+            torch.cuda.set_stream(before)  # which a failure leaves behind
 
 
 def _has_mps() -> bool:

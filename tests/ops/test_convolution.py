@@ -8,7 +8,7 @@ import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, GeometryError
 from segmamba.ops import causal_conv1d
-from segmamba.ops._primitives import conv_rows
+from segmamba.ops._primitives import conv_operator
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 257)
 BACKENDS = (
@@ -105,4 +105,4 @@ def test_wrong_arguments():
 def test_opcheck():
     tensors = [torch.rand(2, 9, 5), torch.rand(5, 4), torch.rand(5)]
     tensors = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(conv_rows, (*tensors, True))
+    torch.library.opcheck(conv_operator, (*tensors, True))

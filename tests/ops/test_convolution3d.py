@@ -44,6 +44,7 @@ def device(cuda_device, monkeypatch):
 def copies(request, monkeypatch, device):
     """When an emulated GPU copies what nobody waits for."""
     if device.type == "cuda":
+        yield
         return
     emulator = request.getfixturevalue("emulator")
     if request.param == "early copies":

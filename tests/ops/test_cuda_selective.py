@@ -110,13 +110,13 @@ def run(inputs, backend="cuda", dtype=None, weights=(1, 1), **options):
     )
     random = np.random.default_rng(1)
     loss = torch.zeros((), device=DEVICE, dtype=torch.float64)
+    given = inputs["u"].dtype  # the truth too gets what half types can hold
     for result, weight in zip(results, weights, strict=True):
-        values = torch.tensor(random.standard_normal(result.shape))
+        values = torch.tensor(random.standard_normal(result.shape)).to(given)
         if weight:
             loss = loss + (result * values.to(result)).sum()
-    given = list(leaves.values())
     gradients = torch.autograd.grad(
-        loss, given, allow_unused=True, materialize_grads=True
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     found = {f"gradient of {k}": g for k, g in zip(leaves, gradients, strict=True)}
     return {"output": results[0].detach(), "last": results[1].detach(), **found}

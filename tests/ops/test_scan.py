@@ -8,7 +8,7 @@ import torch
 
 from segmamba.errors import BackendUnavailableError, ConfigError, GeometryError
 from segmamba.ops import available_backends, selective_scan
-from segmamba.ops._primitives import scan_rows
+from segmamba.ops._primitives import scan_operator
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 257)
 BACKENDS = (
@@ -298,4 +298,4 @@ def test_opcheck(backend, constant):
     tensors = [torch.rand(2, 9, 6), torch.rand(2, 9, 6), -torch.rand(6, 3), B]
     tensors.append(torch.rand(2, 9, 2, 3))
     tensors = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(scan_rows, (*tensors, backend, True))
+    torch.library.opcheck(scan_operator, (*tensors, backend, True))

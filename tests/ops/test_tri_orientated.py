@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from segmamba.errors import GeometryError
 from segmamba.ops import causal_conv1d, selective_scan, tri_orientated_scan
-from segmamba.ops._primitives import tri_scan
+from segmamba.ops._primitives import tri_operator
 
 BACKENDS = (
     ("reference", torch.float64, 1e-12),
@@ -307,7 +307,7 @@ def test_opcheck(keep):
         flat += [taps.squeeze(1).T, bias, x_proj, dt_proj.T, *rest]
     flat = [t.detach().contiguous().requires_grad_(keep) for t in flat]
     xz = torch.rand(2, 12, 32, requires_grad=keep)
-    torch.library.opcheck(tri_scan, (xz, flat, [1, 1, 4], [0, 1, 0], keep))
+    torch.library.opcheck(tri_operator, (xz, flat, [1, 1, 4], [0, 1, 0], keep))
 
 
 def test_wrong_arguments():

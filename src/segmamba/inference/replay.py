@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segmamba.devices import is_out_of_memory
+from segmamba.devices import is_out_of_memory, recording
 from segmamba.nn.segmamba import SegMamba
 
 _log = logging.getLogger(__name__)
@@ -150,19 +150,14 @@ def record(network: nn.Module, batch: Tensor, key: object) -> _Recording:
     Raises:
         RuntimeError: A step can't be recorded, or memory is short.
     """
-    place, device = batch.clone(), batch.device
-    with torch.cuda.device(device):
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # Other threads may go on using the GPU: "thread_local".
-        options = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
-        # Half-precision copies that autocast keeps must neither come from outside of
-        # the record nor leave it: they wouldn't follow the weights, or not be filled.
+    place = batch.clone()
+    # Half-precision copies that autocast keeps must neither come from outside of
+    # the record nor leave it: they wouldn't follow the weights, or not be filled.
+    torch.clear_autocast_cache()
+    try:
+        with recording(batch.device) as graph:
+            answer = network(place)
+    finally:
         torch.clear_autocast_cache()
-        try:
-            with torch.cuda.graph(graph, **options):
-                answer = network(place)
-        finally:
-            torch.cuda.set_stream(before)  # which a failure leaves behind
-            torch.clear_autocast_cache()
     output = answer[0] if isinstance(answer, (list, tuple)) else answer
     return _Recording(key, graph, place, output)

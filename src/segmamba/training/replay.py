@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from segmamba.data.augment import Batch
+from segmamba.devices import recording
 
 PLAIN_STEPS = 3
 """Steps before any is recorded: they compile kernels and settle what is kept."""
@@ -107,15 +108,8 @@ def record(
     """
     place = Batch(batch.image.clone(), batch.label.clone())
     network.zero_grad(set_to_none=True)  # so that the graph makes its own
-    with torch.cuda.device(batch.image.device):
-        torch.cuda.empty_cache()  # the graph's memory is none of what steps have kept
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # Threads prepare batches meanwhile: "thread_local".
-        options = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
-        try:
-            with torch.cuda.graph(graph, **options):
-                numbers = compute(place)
-        finally:
-            torch.cuda.set_stream(before)  # which a failure leaves behind
+    torch.cuda.empty_cache()  # the graph's memory is none of what steps have kept
+    with recording(batch.image.device) as graph:
+        numbers = compute(place)
     gradients = [(p, p.grad) for p in network.parameters() if p.grad is not None]
     return _Record(graph, place, numbers, gradients)
