@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 from torch.nn import functional
 
 from segmamba.types import Array, Size3, Spacing3
@@ -224,7 +224,9 @@ def _resample_linear(channel: Array, shape: Size3) -> Array:
 
 def _resample_cubic(channel: Array, shape: Size3) -> Array:
     factors = [new / old for new, old in zip(shape, channel.shape, strict=True)]
-    zoomed = ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
+    zoomed = scipy.ndimage.zoom(
+        channel, factors, order=3, mode="nearest", grid_mode=True
+    )
     return np.asarray(zoomed)
 
 

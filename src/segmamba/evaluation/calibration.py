@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from segmamba.evaluation.summary import RESAMPLES, SEED
 from segmamba.types import Array, FloatArray, JsonDict
@@ -115,7 +115,7 @@ def rank_correlation(score: FloatArray, dice: FloatArray) -> JsonDict:
     n = len(score)
     if n < 3 or np.ptp(score) == 0 or np.ptp(dice) == 0:
         return {"spearman": None, "ci95": None, "p": None, "n": n}
-    found: Any = stats.spearmanr(score, dice)
+    found: Any = scipy.stats.spearmanr(score, dice)
     draws = np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n))
     low, high = np.nanpercentile(_spearman(score[draws], dice[draws]), [2.5, 97.5])
     return {
@@ -195,7 +195,7 @@ def _mean_gap(expected: FloatArray, found: FloatArray) -> float | None:
 
 def _spearman(first: Array, second: Array) -> FloatArray:
     """Rank correlation of each row (draws, n); NaN where a row is constant."""
-    ranks = [stats.rankdata(rows, axis=1) for rows in (first, second)]
+    ranks = [scipy.stats.rankdata(rows, axis=1) for rows in (first, second)]
     a, b = (rows - rows.mean(axis=1, keepdims=True) for rows in ranks)
     norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     return (a * b).sum(axis=1) / np.where(norm > 0, norm, np.nan)

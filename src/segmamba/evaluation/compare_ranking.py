@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from segmamba.evaluation.compare_tests import DECIMALS
 from segmamba.types import Array, FloatArray, JsonDict
@@ -34,8 +34,8 @@ def rank_models(
     """
     means = np.round(costs.mean(axis=0), DECIMALS)
     drawn = np.round(_bootstrap_means(costs, resamples, seed), DECIMALS)
-    place = stats.rankdata(means, method="min").astype(int)
-    places = stats.rankdata(drawn, method="min", axis=1).astype(int)
+    place = scipy.stats.rankdata(means, method="min").astype(int)
+    places = scipy.stats.rankdata(drawn, method="min", axis=1).astype(int)
     rows = [
         {
             "model": name,
@@ -61,7 +61,7 @@ def case_ranks(values: FloatArray, higher_is_better: bool) -> FloatArray:
         (cases, models).
     """
     rounded = np.round(values, DECIMALS)
-    return stats.rankdata(-rounded if higher_is_better else rounded, axis=1)
+    return scipy.stats.rankdata(-rounded if higher_is_better else rounded, axis=1)
 
 
 def _bootstrap_means(costs: FloatArray, resamples: int, seed: int) -> FloatArray:

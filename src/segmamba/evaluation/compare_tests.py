@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from segmamba.types import Array, FloatArray
 
@@ -61,10 +61,10 @@ def wilcoxon_p(differences: FloatArray) -> float:
     kept = differences[differences != 0]
     if kept.size == 0:
         return 1.0
-    ranks = stats.rankdata(np.abs(kept))
+    ranks = scipy.stats.rankdata(np.abs(kept))
     is_plain = kept.size == differences.size == np.unique(ranks).size
     if is_plain and kept.size <= _UNTIED_RANKS:
-        return float(cast(Any, stats.wilcoxon(kept, method="exact")).pvalue)
+        return float(cast(Any, scipy.stats.wilcoxon(kept, method="exact")).pvalue)
     signed = np.sign(kept) * ranks
     if not is_plain and differences.size <= _TIED_RANKS:
         return _exact_sign_p(signed)
@@ -77,7 +77,7 @@ def _normal_rank_p(signed_ranks: FloatArray) -> float:
     Its variance is the sum of the squared ranks; mid-ranks correct it for ties.
     """
     z = abs(signed_ranks.sum()) / np.sqrt((signed_ranks**2).sum())
-    return float(2 * stats.norm.sf(z))
+    return float(2 * scipy.stats.norm.sf(z))
 
 
 def permutation_p(
@@ -176,7 +176,7 @@ def rank_biserial(differences: FloatArray) -> float | None:
     kept = differences[differences != 0]
     if kept.size == 0:
         return 0.0
-    ranks = stats.rankdata(np.abs(kept))
+    ranks = scipy.stats.rankdata(np.abs(kept))
     return float((np.sign(kept) * ranks).sum() / ranks.sum())
 
 

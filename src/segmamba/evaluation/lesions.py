@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from segmamba.errors import ConfigError, describe
 from segmamba.evaluation import metrics
@@ -147,9 +147,9 @@ class _Scene:
 
     @classmethod
     def find(cls, prediction: Array, reference: Array, rule: LesionRule) -> _Scene:
-        corners = ndimage.generate_binary_structure(3, 3)
-        components, predicted = ndimage.label(prediction, corners)  # pyright: ignore
-        surroundings, count = ndimage.label(  # pyright: ignore
+        corners = scipy.ndimage.generate_binary_structure(3, 3)
+        components, predicted = scipy.ndimage.label(prediction, corners)  # pyright: ignore
+        surroundings, count = scipy.ndimage.label(  # pyright: ignore
             _grow(reference, rule.dilation_voxels), corners
         )
         lesions = np.where(reference, surroundings, 0)
@@ -166,16 +166,18 @@ class _Scene:
             count=count,
             matched=matched,
             false=predicted - np.unique(pairs[1]).size,
-            lesion_boxes=ndimage.find_objects(lesions),  # pyright: ignore
-            component_boxes=ndimage.find_objects(components),  # pyright: ignore
+            lesion_boxes=scipy.ndimage.find_objects(lesions),  # pyright: ignore
+            component_boxes=scipy.ndimage.find_objects(components),  # pyright: ignore
         )
 
 
 def _grow(mask: Array, steps: int) -> Array:
     if steps == 0:
         return mask
-    edges = ndimage.generate_binary_structure(3, 2)
-    return np.asarray(ndimage.binary_dilation(mask, edges, iterations=steps), bool)
+    edges = scipy.ndimage.generate_binary_structure(3, 2)
+    return np.asarray(
+        scipy.ndimage.binary_dilation(mask, edges, iterations=steps), bool
+    )
 
 
 def _score(scene: _Scene, lesion: int, spacing_mm: Spacing3) -> tuple[float, float]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import KDTree
+import scipy
 
 from segmamba.errors import GeometryError, describe
 from segmamba.types import Array, FloatArray, Spacing3
@@ -256,7 +255,7 @@ def bounding_box(mask: Array) -> tuple[slice, ...]:
 def _border_points_mm(mask: Array, spacing_mm: Spacing3) -> FloatArray:
     """Places (n, 3) in mm of the mask's voxels with a face on the outside."""
     padded = np.pad(mask, 1)
-    inside: Array = np.asarray(ndimage.binary_erosion(padded), bool)
+    inside: Array = np.asarray(scipy.ndimage.binary_erosion(padded), bool)
     return np.argwhere(padded & ~inside) * np.asarray(spacing_mm, np.float64)
 
 
@@ -266,5 +265,5 @@ def _nearest(places: FloatArray, queries: FloatArray) -> FloatArray:
     A search tree of the borders is 2 to 10 times as fast as a distance transform of
     the box, and stray voxels far off, which make the box large, cost it nothing.
     """
-    tree = KDTree(places, balanced_tree=False, compact_nodes=False)
+    tree = scipy.spatial.KDTree(places, balanced_tree=False, compact_nodes=False)
     return cast(Any, tree.query(queries)[0])

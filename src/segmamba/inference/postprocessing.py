@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from segmamba import atomic
 from segmamba.config import from_dict, to_dict
@@ -26,7 +26,7 @@ from segmamba.types import Array, Spacing3
 POSTPROCESSING_FILE = "postprocessing.json"
 """Name of the file in a run's folder."""
 
-NEIGHBOURS = ndimage.generate_binary_structure(3, 3)
+NEIGHBOURS = np.ones((3, 3, 3), bool)
 """Voxels that share a face, an edge or a corner are of one component."""
 
 _ROUNDING = 1e-9
@@ -163,13 +163,13 @@ def without_holes(mask: Array) -> Array:
         The mask with every voxel from which no way through faces of voxels outside
         of it leads to the border of the array.
     """
-    return np.asarray(ndimage.binary_fill_holes(mask))
+    return np.asarray(scipy.ndimage.binary_fill_holes(mask))
 
 
 def _components(mask: Array) -> tuple[Array, Array]:
     """Number the components from 1, and count their voxels; number 0 counts none."""
     components = np.empty(mask.shape, np.int32)
-    ndimage.label(mask, NEIGHBOURS, output=components)
+    scipy.ndimage.label(mask, NEIGHBOURS, output=components)
     sizes = np.zeros(int(components.max(initial=0)) + 1, np.int64)
     for slab in components:  # bincount takes 8 bytes a voxel
         sizes += np.bincount(slab.ravel(), minlength=len(sizes))

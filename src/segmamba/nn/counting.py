@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from segmamba.nn.mamba import ScanDirection, TriOrientatedMamba
 from segmamba.types import Size3
@@ -28,6 +27,8 @@ def multiply_adds(network: nn.Module, shape: Sequence[int]) -> int:
     Returns:
         Multiply-adds, in evaluation mode.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     twin = _without_contents(network).eval()
     scans = [_replace_scan(twin, name) for name in _scan_names(twin)]
     counter = FlopCounterMode(display=False)
