@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from segmamba.ops._chunked import scan_chunked, scan_chunked_backward
-from segmamba.ops._differentiable import differentiable, direct_or
+from segmamba.ops._differentiable import (
+    differentiable,
+    direct_or,
+    direct_without_gradients,
+)
 from segmamba.ops._layout import LANES, STATES, ScanInputs, kept_shape
 
 
@@ -25,8 +29,7 @@ def _numba() -> Any:
 # --- the scan -------------------------------------------------------------------------
 
 
-@torch.library.custom_op("segmamba::scan_rows", mutates_args=())
-def scan_rows(
+def _scan_rows(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, method: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scan rows; arguments and results as `scan_reference`.
@@ -39,7 +42,12 @@ def scan_rows(
     return *scan_chunked(u, dt, A, B, C), u.new_empty(0)
 
 
-@scan_rows.register_fake
+scan_operator = torch.library.custom_op(
+    "segmamba::scan_rows", _scan_rows, mutates_args=()
+)
+
+
+@scan_operator.register_fake
 def _(u, dt, A, B, C, method, keep):
     kept: Sequence[int] = (0,)
     if method == "numba" and keep:
@@ -87,7 +95,8 @@ def _scan_gradients(ctx, grad_y, grad_last, grad_kept):
     return (*gradients, None, None)
 
 
-scan_rows.register_autograd(_scan_gradients, setup_context=_scan_context)
+scan_operator.register_autograd(_scan_gradients, setup_context=_scan_context)
+scan_rows = direct_without_gradients(scan_operator, _scan_rows)
 
 # --- the scan, by CUDA ----------------------------------------------------------------
 
@@ -181,13 +190,17 @@ selective = differentiable(
 # --- the convolution, by Numba --------------------------------------------------------
 
 
-@torch.library.custom_op("segmamba::conv_rows", mutates_args=())
-def conv_rows(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     """Convolve rows x (batch, L, E) causally with taps (E, W), then silu if asked."""
     return _numba().conv_rows(x, weight, bias, silu)
 
 
-@conv_rows.register_fake
+conv_operator = torch.library.custom_op(
+    "segmamba::conv_rows", _conv_rows, mutates_args=()
+)
+
+
+@conv_operator.register_fake
 def _(x, weight, bias, silu):
     return x.new_empty(x.shape)
 
@@ -214,13 +227,13 @@ def _conv_gradients(ctx, grad):
     return (*conv_rows_backward(grad.contiguous(), *ctx.saved_tensors, ctx.silu), None)
 
 
-conv_rows.register_autograd(_conv_gradients, setup_context=_conv_context)
+conv_operator.register_autograd(_conv_gradients, setup_context=_conv_context)
+conv_rows = direct_without_gradients(conv_operator, _conv_rows)
 
 # --- the tri-orientated scan, by Numba ------------------------------------------------
 
 
-@torch.library.custom_op("segmamba::tri_scan", mutates_args=())
-def tri_scan(
+def _tri_scan(
     xz: Tensor,
     parameters: Sequence[Tensor],
     strides: Sequence[int],
@@ -239,7 +252,10 @@ def tri_scan(
         )
 
 
-@tri_scan.register_fake
+tri_operator = torch.library.custom_op("segmamba::tri_scan", _tri_scan, mutates_args=())
+
+
+@tri_operator.register_fake
 def _(xz, parameters, strides, reverses, keep):
     batch, length, width = xz.shape
     out = xz.new_empty(batch, length, width // 2)
@@ -297,7 +313,8 @@ def _tri_gradients(ctx, grad, grad_y, grad_kept):
     return grad_xz, gradients, None, None, None
 
 
-tri_scan.register_autograd(_tri_gradients, setup_context=_tri_context)
+tri_operator.register_autograd(_tri_gradients, setup_context=_tri_context)
+tri_scan = direct_without_gradients(tri_operator, _tri_scan)
 
 # --- the mixer, by CUDA ---------------------------------------------------------------
 
