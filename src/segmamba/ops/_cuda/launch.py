@@ -22,9 +22,9 @@ _LANES = 32
 _WARPS = (3, 4, 2)
 """Warps that share B and C, if they divide those that the channels need."""
 
-_SQUARES = ((3, 8), (4, 8))
-"""Channels of a thread of the gradients' kernel, and warps that a multiprocessor holds
-then, for the sake of 255 registers a thread."""
+_SQUARE, _HELD = 16, 12
+"""Channels of a warp of the gradients' kernel, and warps that a multiprocessor holds,
+for the sake of 168 registers a thread."""
 
 _PART = 32
 """Steps of a chunk whose states the gradients' kernel holds in shared memory."""
@@ -316,36 +316,33 @@ def run_backward(
 
 @dataclass(frozen=True)
 class _Cut:
-    """How the gradients' kernel is cut: see `_SQUARES`."""
+    """How the gradients' kernel is cut.
 
-    across: int
+    Attributes:
+        warps: Of a block.
+        parts: Blocks that share B and C.
+    """
+
     warps: int
     parts: int
-    resident: int
 
     @property
-    def width(self) -> int:
-        """Channels of a warp."""
-        return 8 * self.across
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds."""
+        return _HELD // self.warps
 
 
 def _cut(scan: Scan) -> _Cut:
-    """Choose what leaves the fewest threads idle, of what fits the shared memory."""
-    room = block_memory(scan.u.device)
-
-    def of(across: int, held: int) -> _Cut:
-        needed = ceil_divide(scan.channels, 8 * across)
-        cuts = (
-            _Cut(across, warps, needed // warps, held // warps)
-            for warps in (4, 3, 2, 1)
-            if needed % warps == 0
-        )
-        return next(
-            cut for cut in cuts if cut.warps == 1 or _shared_bytes(scan, cut) <= room
-        )
-
-    cuts = (of(*square) for square in _SQUARES)
-    return min(cuts, key=lambda cut: cut.parts * cut.warps * cut.width)
+    """Choose the largest blocks that leave no warp idle and fit the shared memory."""
+    needed, room = ceil_divide(scan.channels, _SQUARE), block_memory(scan.u.device)
+    cuts = (
+        _Cut(warps, needed // warps)
+        for warps in range(_HELD // 2, 0, -1)
+        if needed % warps == 0
+    )
+    return next(
+        cut for cut in cuts if cut.warps == 1 or _shared_bytes(scan, cut) <= room
+    )
 
 
 def _gradients(
@@ -356,7 +353,7 @@ def _gradients(
     width = scan.channels + 2 * STATES
     rows = grad_u.new_empty(scan.rows, scan.length, width)
     of_states = rows[..., scan.channels :]
-    constants = {"ACROSS": cut.across, "WARPS": cut.warps, "RESIDENT": cut.resident}
+    constants = {"WARPS": cut.warps, "RESIDENT": cut.resident}
     if cut.parts > 1:
         shape = (cut.parts, scan.rows, scan.length, 2 * STATES)
         of_states = scan.rates.new_empty(shape)
@@ -405,10 +402,8 @@ def _blocks(scan: Scan, cut: _Cut) -> int:
 
 
 def _shared_bytes(scan: Scan, cut: _Cut) -> int:
-    """Size of the gradients' kernel's shared memory: struct Shared, or the code."""
+    """Size of the gradients' kernel's shared memory: struct Shared, and the code."""
     part = min(_PART, scan.steps)
-    rows = part * 2 * STATES * 4 + 2 * cut.warps * 8 * _LANES * 4
-    pitch = 4 if cut.across == 3 else cut.across
-    rows += cut.warps * part * 8 * pitch * 3 * 4
-    left = cut.warps * (part // 4 - 1) * cut.across * _LANES * 4 * 4
-    return rows + max(left, scan.code_bytes(part))
+    pitch = part + 4
+    own = 3 * (16 * pitch + 40) + part // 4 * 8 * _LANES
+    return 4 * (2 * STATES * pitch + cut.warps * own) + scan.code_bytes(part)

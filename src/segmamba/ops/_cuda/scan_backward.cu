@@ -1,357 +1,488 @@
 // The scan's gradients, from what scan.cu gives.
-
-#include "scan.cuh"
-
 //
 // A chunk is done in parts of PART steps, the last one first. In a part a warp walks
 // forward once, leaving its states before every fourth step in shared memory; then four
-// steps at a time are replayed into registers and walked back. Thread (s, c) of a warp
-// has states 4s to 4s + 3 of ACROSS channels, so that few shuffles sum over channels (for
-// B, C) and over states (for u and the step sizes). Those sums end with the thread whose
-// own channel it is: the s-th of the ACROSS ones, if there are so many.
+// steps at a time, the last ones first, are done again and walked back. That goes state by
+// state, so that only one state's four steps are in registers at once.
+//
+// A warp has CHANNELS channels. As a Square, in walks, a thread has four states of two
+// channels; sums over states (for u and the step sizes) and over channels (for B and C) go
+// through shuffles. Threads have states and channels in orders of their own: with the
+// partner of a shuffle, one's first half is the other's second, and nothing has to be
+// chosen. As a Tile, for global memory, a thread has four steps of four channels.
+//
+// Time is innermost in shared memory, for accesses of four steps. Those of a warp take two
+// passes, not four, where the threads of each half warp ask for no more than eight places
+// and pairs of neighbours (or of next but ones) ask for the same; the order of lanes and
+// the pitches of rows see to that, and to different banks.
+
+#include "scan.cuh"
 
 #define PART (CHUNK < 32 ? CHUNK : 32)
 #define GROUPS (PART / 4)
-#define QUADS ((PART * 4 + THREADS - 1) / THREADS)
-#define WIDTH (8 * ACROSS)  // channels of a warp
-#define PITCH (ACROSS == 3 ? 4 : ACROSS)  // of a thread's channels in shared memory
+#define CHANNELS 16               // of a warp
+#define PITCH (PART + 4)          // from one row of steps to the next
+#define HIGH (8 * PITCH + 16)     // from a channel's row to that of the eighth behind it
+#define ROWS (16 * PITCH + 40)    // of a warp's channels
+#define SLOT (2 * 32 * 4)         // of what a warp leaves before four steps
 
+// A warp's own. What is summed over states goes where what it comes from was: `through`
+// to x, the exponent's gradient to dy. Sums over channels go where states were left.
+struct Own {
+    float dt[ROWS], x[ROWS], dy[ROWS];
+    float left[GROUPS][SLOT];
+};
+
+// A state n of B and C is in row n % 4 * 4 + n / 4. The step sizes' code lies behind all.
 struct Shared {
-    float BC[PART * 2 * STATES];
-    float sums[2][WARPS][8][32];  // gradients of B and C at eight steps, two buffers
-    float dt[WARPS][PART][8][PITCH], u[WARPS][PART][8][PITCH], dy[WARPS][PART][8][PITCH];
-    float left[WARPS][GROUPS - 1][ACROSS][32][4];  // states; the code while staging
+    float B[STATES][PITCH], C[STATES][PITCH];
+    Own own[WARPS];
 };
 
-// Which states and channels a thread has.
-struct Square {
-    int warp, s, c, channel, own;
-    bool valid[ACROSS], owner;  // the channels exist; the own one does
+struct Inputs {
+    const element *grad, *u, *code, *b, *c;
+    const float *weight, *bias, *skip;
+    int code_stride, b_stride, c_stride;
 };
 
-INLINE Square square_of(int part, int E) {
-    Square q;
-    int lane = threadIdx.x % 32;
-    q.warp = threadIdx.x / 32, q.s = lane % 4, q.c = lane / 4;
-    int inside = (part * WARPS + q.warp) * WIDTH + ACROSS * q.c;
-#pragma unroll
-    for (int k = 0; k < ACROSS; k++) q.valid[k] = inside + k < E;
-    q.owner = q.s < ACROSS && inside + q.s < E;
-    q.channel = inside;
-    q.own = q.channel + q.s;
-    return q;
-}
-
-INLINE void load_square(float (*to)[ACROSS], const float *from, const Square &q, int E) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-#pragma unroll
-        for (int k = 0; k < ACROSS; k++) {
-            to[j][k] = q.valid[k] ? from[(4 * q.s + j) * E + q.channel + k] : 0.0f;
-        }
-    }
-}
-
-INLINE void load_across(float *to, const float *from) {
-#if PITCH == 4
-    float four[4];
-    load4(from, four);
-#pragma unroll
-    for (int k = 0; k < ACROSS; k++) to[k] = four[k];
-#else
-#pragma unroll
-    for (int k = 0; k < ACROSS; k++) to[k] = from[k];
-#endif
-}
-
-// A row's four states of B or C that a thread brings into shared memory.
-struct Quad {
-    float values[4];
-
-    INLINE void load(const element *from, int stride, int i, int count) {
-        int t = i / 4;
-        load4(from + min(t, max(count, 1) - 1) * stride + i % 4 * 4, values);
-    }
-
-    INLINE void store(float *to, int i, int count) {
-        int t = i / 4;
-#pragma unroll
-        for (int n = 0; n < 4; n++) values[n] = t < count ? values[n] : 0.0f;
-        if (t < PART) store4(to + t * 2 * STATES + i % 4 * 4, values);
-    }
-};
-
-// Step sizes, u and B of a part into shared memory; on the way `back` also C and the
-// gradient of y. All that comes from afar is on its way before anything is waited for.
-INLINE void stage_part(Shared &m, Place p, int part, int first, int count,
-                       bool back, const element *grad, const element *u,
-                       const element *code, const element *b, const element *c,
-                       const float *weight, const float *bias, const int *orders, int L,
-                       int E, int rank, int code_stride, int b_stride, int c_stride) {
-    u += first * E, code += first * code_stride;
-    b += first * b_stride, c += first * c_stride;
-    float *code_s = &m.left[0][0][0][0][0];
-    int last = max(count, 1) - 1;
-    int inside = (part * WARPS + p.warp) * WIDTH + p.lane;
-    p.valid = p.lane < WIDTH && inside < E;
-    p.channel = p.valid ? inside : 0;
-    element far_u[PART], far_dy[PART] = {};
-#pragma unroll
-    for (int i = 0; i < PART; i++) far_u[i] = u[min(i, last) * E + p.channel];
-    if (back) {
-        int place = place_in_row(orders, p.direction, p.chunk * CHUNK + first + p.lane, L);
-        place *= E;
-#pragma unroll
-        for (int i = 0; i < PART; i++) {
-            int at = __shfl_sync(0xffffffffu, place, min(i, last));
-            far_dy[i] = grad[at + p.channel];
-        }
-    }
-    Quad B[QUADS], C[QUADS];
-#pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        B[i].load(b, b_stride, threadIdx.x + i * THREADS, count);
-        if (back) C[i].load(c, c_stride, threadIdx.x + i * THREADS, count);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        B[i].store(m.BC, threadIdx.x + i * THREADS, count);
-        if (back) C[i].store(m.BC + STATES, threadIdx.x + i * THREADS, count);
-    }
-    stage_code(code_s, code, code_stride, rank, count, PART);
-    __syncthreads();
-    int column_of = p.lane / ACROSS, k = p.lane % ACROSS;
-    float exists = p.valid ? 1.0f : 0.0f, dt[PART];
-    step_sizes<PART>(dt, p, code_s, PART, 0, weight, bias, rank, E,
-                     count);
-    if (p.lane < WIDTH) {
-#pragma unroll
-        for (int i = 0; i < PART; i++) {
-            m.dt[p.warp][i][column_of][k] = exists * dt[i];
-            m.u[p.warp][i][column_of][k] = to_float(far_u[i]);
-            float arrived = i < count ? exists * to_float(far_dy[i]) : 0.0f;
-            if (back) m.dy[p.warp][i][column_of][k] = arrived;
-        }
-    }
-    __syncthreads();
-}
-
-// One step forward; gives decay times state, and the decay, where they are wanted.
-INLINE void step_forward(float (*state)[ACROSS], const float (*rate)[ACROSS],
-                         const Shared &m, const Square &q, int t,
-                         float (*passed)[ACROSS], float (*decay)[ACROSS]) {
-    float dt[ACROSS], u[ACROSS], B[4];
-    load_across(dt, m.dt[q.warp][t][q.c]);
-    load_across(u, m.u[q.warp][t][q.c]);
-    load4(m.BC + t * 2 * STATES + 4 * q.s, B);
-#pragma unroll
-    for (int k = 0; k < ACROSS; k++) {
-        float drive = dt[k] * u[k];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float d = exp2_fast(rate[j][k] * dt[k]);
-            float w = d * state[j][k];
-            state[j][k] = w + drive * B[j];
-            if (passed) passed[j][k] = w, decay[j][k] = d;
-        }
-    }
-}
-
-// Walk over some groups of four steps, and leave the states before each.
-INLINE void walk(float (*state)[ACROSS], const float (*rate)[ACROSS], Shared &m,
-                 const Square &q, int groups, bool leave) {
-    int lane = threadIdx.x % 32;
-    for (int g = 0; g < groups; g++) {
-        if (leave) {
-#pragma unroll
-            for (int k = 0; k < ACROSS; k++) {
-                float four[4] = {state[0][k], state[1][k], state[2][k], state[3][k]};
-                store4(m.left[q.warp][g][k][lane], four);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            step_forward(state, rate, m, q, 4 * g + i, nullptr, nullptr);
-        }
-    }
-}
-
-INLINE void take_up(float (*state)[ACROSS], const Shared &m, const Square &q, int g) {
-#pragma unroll
-    for (int k = 0; k < ACROSS; k++) {
-        float four[4];
-        load4(m.left[q.warp][g][k][threadIdx.x % 32], four);
-#pragma unroll
-        for (int j = 0; j < 4; j++) state[j][k] = four[j];
-    }
-}
-
-// Gradients of the thread's own channel, over its block's chunks.
-struct Sums {
-    float skip, bias;
-};
-
-// Where gradients of a part go.
+// Where a part's gradients go.
 struct Targets {
     element *u, *step;
     void *bc;
     int step_stride, bc_stride;
 };
 
-// Gradients of B and C at eight steps, summed over the block's channels.
-INLINE void finish_states(const Targets &to, const Shared &m, int buffer, int t0,
-                          int count) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < 8 * 32; i += THREADS) {
-        int t = t0 + i / 32, n = i % 32;
-        if (t >= count) continue;
-        float total = 0.0f;
+INLINE int row_of(int channel) {
+    return channel % 8 * PITCH + channel / 8 * HIGH;
+}
+
+// --- a thread's states in walks ---------------------------------------------------------
+
+struct Square {
+    int lane, s, c, first;  // the warp's first channel
+
+    INLINE Square(int at) {
+        lane = threadIdx.x % 32, first = at;
+        s = lane & 1 | lane >> 1 & 2;
+        c = lane >> 1 & 1 | lane >> 2 & 6;
+    }
+
+    // The channel, in the warp, and the state that a thread has as [k][j].
+    INLINE int channel(int k) const { return c + 8 * (k ^ s / 2); }
+    INLINE int state(int j) const { return 4 * s + (j ^ c / 2); }
+
+    // Their rows in shared memory.
+    INLINE int row(int k) const { return row_of(channel(k)); }
+    INLINE int line(int j) const { return 4 * (j ^ c / 2) + s; }
+};
+
+// A thread's numbers: states, adjoints, rates and their gradients, [channel][state].
+struct Walk {
+    float state[2][4], adjoint[2][4], rate[2][4], of_rate[2][4];
+};
+
+// A thread's states from (16, E); zero where there are none.
+INLINE void load_square(float (*to)[4], const float *from, const Square &q, int E) {
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += m.sums[buffer][w][i / 32][n];
-        int at = t * to.bc_stride + n;
-#ifdef SPLIT
-        static_cast<float *>(to.bc)[at] = total;
-#else
-        static_cast<element *>(to.bc)[at] = from_float(total);
-#endif
+    for (int k = 0; k < 2; k++) {
+        int channel = q.first + q.channel(k);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            to[k][j] = channel < E ? from[q.state(j) * E + channel] : 0.0f;
+        }
     }
 }
 
-// Walk the four steps of a group back, from the states before it.
-INLINE void return_group(float (*state)[ACROSS], float (*adjoint)[ACROSS],
-                         float (*of_rate)[ACROSS], Sums &sums,
-                         const float (*rate)[ACROSS], Shared &m, const Targets &to,
-                         const Square &q, int g, int count, float D, int E) {
-    float decay[4][4][ACROSS], passed[4][4][ACROSS];
+INLINE void store_square(float *to, const float (*from)[4], const Square &q, int E) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int channel = q.first + q.channel(k);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (channel < E) to[q.state(j) * E + channel] = from[k][j];
+        }
+    }
+}
+
+INLINE void leave(const Walk &w, Own &own, const Square &q, int g) {
+    store4(&own.left[g][4 * q.lane], w.state[0]);
+    store4(&own.left[g][4 * q.lane + 128], w.state[1]);
+}
+
+INLINE void take_up(Walk &w, const Own &own, const Square &q, int g) {
+    load4(&own.left[g][4 * q.lane], w.state[0]);
+    load4(&own.left[g][4 * q.lane + 128], w.state[1]);
+}
+
+// The g-th four steps forward.
+INLINE void do_steps(Walk &w, const Shared &m, const Own &own, const Square &q, int g) {
+    float dt[2][4], x[2][4];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        load4(&own.dt[q.row(k) + 4 * g], dt[k]);
+        load4(&own.x[q.row(k) + 4 * g], x[k]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float b[4];
+        load4(&m.B[q.line(j)][4 * g], b);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float decay = exp2_fast(w.rate[k][j] * dt[k][i]);
+                w.state[k][j] = w.state[k][j] * decay + x[k][i] * b[i];
+            }
+        }
+    }
+}
+
+// Four steps of a channel and state, forward and back. `through` gets what is summed over
+// states: four steps' for x, and for the exponent; `across` what is over channels: B's, C's.
+INLINE void return_state(Walk &w, int k, int j, const float *dt, const float *x,
+                         const float *dy, const float *b, const float *c, float *through,
+                         float *across) {
+    float decay[4], passed[4], after[4], state = w.state[k][j], now = w.adjoint[k][j];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        step_forward(state, rate, m, q, 4 * g + i, passed[i], decay[i]);
+        decay[i] = exp2_fast(w.rate[k][j] * dt[i]);
+        passed[i] = decay[i] * state;
+        state = after[i] = passed[i] + x[i] * b[i];
     }
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
-        int t = 4 * g + i;
-        float dt[ACROSS], u[ACROSS], dy[ACROSS], B[4], C[4], of_states[8];
-        float through[4] = {0, 0, 0, 0}, exponent[4] = {0, 0, 0, 0};
-        load_across(dt, m.dt[q.warp][t][q.c]);
-        load_across(u, m.u[q.warp][t][q.c]);
-        load_across(dy, m.dy[q.warp][t][q.c]);
-        load4(m.BC + t * 2 * STATES + 4 * q.s, B);
-        load4(m.BC + t * 2 * STATES + STATES + 4 * q.s, C);
-#pragma unroll
-        for (int k = 0; k < ACROSS; k++) {
-            float drive = dt[k] * u[k];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float now = adjoint[j][k] + dy[k] * C[j];
-                float after = passed[i][j][k] + drive * B[j];
-                float moved = now * passed[i][j][k];
-                of_states[j] = k ? of_states[j] + now * drive : now * drive;
-                of_states[4 + j] = k ? of_states[4 + j] + dy[k] * after : dy[k] * after;
-                through[k] += now * B[j];
-                exponent[k] += moved * rate[j][k];
-                of_rate[j][k] += moved * dt[k];
-                adjoint[j][k] = now * decay[i][j][k];
-            }
-        }
-        fold<8>(of_states, 16);
-        fold<4>(of_states, 8);
-        fold<2>(of_states, 4);
-        fold<4>(through, 2);
-        fold<2>(through, 1);
-        fold<4>(exponent, 2);
-        fold<2>(exponent, 1);
-        int n = (q.c & 4 ? STATES : 0) + 4 * q.s + (q.c & 3);
-        m.sums[g >> 1 & 1][q.warp][4 * (g & 1) + i][n] = of_states[0];
-        // threads without a channel of their own do as if, for the sake of no branches
-        int k = min(q.s, ACROSS - 1);
-        float own_dt = m.dt[q.warp][t][q.c][k], own_u = m.u[q.warp][t][q.c][k];
-        float own_dy = m.dy[q.warp][t][q.c][k];
-        float slope = through[0] * own_u + exponent[0] * LN2;
-        slope *= slope_of(own_dt);
-        sums.skip += own_dy * own_u;
-        sums.bias += slope;
-        element of_u = from_float(own_dy * D + through[0] * own_dt);
-        element of_step = from_float(slope);
-        element *u_at = to.u + t * E + q.own;
-        element *step_at = to.step + t * to.step_stride + q.own;
-        store_if(q.owner && t < count, u_at, of_u);
-        store_if(q.owner && t < count, step_at, of_step);
+        now += dy[i] * c[i];
+        float moved = now * passed[i];
+        through[i] += now * b[i];
+        through[4 + i] += moved * w.rate[k][j];
+        across[i] += now * x[i];
+        across[4 + i] += dy[i] * after[i];
+        w.of_rate[k][j] += moved * dt[i];
+        now *= decay[i];
     }
-    if (g & 1) return;
-    __syncthreads();
-    finish_states(to, m, g >> 1 & 1, 4 * g, count);
+    w.adjoint[k][j] = now;
+}
+
+// Sum with the partner: it has the first half where this thread has the second.
+template <int COUNT> INLINE void meet(float *values, int bit) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+        values[i] += __shfl_xor_sync(0xffffffffu, values[i + COUNT / 2], bit);
+    }
+}
+
+// Walk the g-th four steps of a part back, from the states before them. Sums over channels
+// end with pairs of threads, each with a half: `finish_states` adds those.
+INLINE void return_steps(Walk &w, const Shared &m, Own &own, const Square &q, int g) {
+    float dt[2][4], x[2][4], dy[2][4], through[16] = {}, across[2][16] = {};
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        load4(&own.dt[q.row(k) + 4 * g], dt[k]);
+        load4(&own.x[q.row(k) + 4 * g], x[k]);
+        load4(&own.dy[q.row(k) + 4 * g], dy[k]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int j = i % 2 * 2 + i / 2;  // states 0 and 2 meet, then 1 and 3
+        float b[4], c[4];
+        load4(&m.B[q.line(j)][4 * g], b);
+        load4(&m.C[q.line(j)][4 * g], c);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            return_state(w, k, j, dt[k], x[k], dy[k], b, c, through + 8 * k,
+                         across[i / 2] + i % 2 * 8);
+        }
+        if (i % 2) meet<16>(across[i / 2], 16);
+    }
+    meet<16>(through, 4);
+    fold<8>(through, 1);
+    float *to = q.s % 2 ? own.dy : own.x;
+    store4(to + q.row(0) + 4 * g, through);
+#pragma unroll
+    for (int i = 0; i < 8; i++) across[0][8 + i] = across[1][i];
+    meet<16>(across[0], 8);
+    store4(&own.left[g][4 * q.lane], across[0]);
+    store4(&own.left[g][4 * q.lane + 128], across[0] + 4);
+}
+
+// --- a thread's steps and channels in global memory -------------------------------------
+
+#if !defined(KIND) || KIND == 0
+typedef float4 Quad;
+#else
+typedef uint2 Quad;
+#endif
+
+INLINE void open(const Quad &quad, float *values) {
+    load4(reinterpret_cast<const element *>(&quad), values);
+}
+
+// Steps that don't exist have the last one's data, and channels the first one's, so that
+// loads don't depend on conditions, and all are on their way before one is waited for.
+struct Tile {
+    int at, inside, channel, steps;  // first step; first channel in the warp, of all
+    bool there;                      // the channels exist
+    int place;                       // offset of the row of the lane's own step in grad
+
+    INLINE Tile(int first, int E) {
+        int lane = threadIdx.x % 32;
+        at = lane % GROUPS * 4, inside = lane / GROUPS * 4;
+        there = inside < CHANNELS && first + inside < E;
+        channel = there ? first + inside : 0;
+    }
+
+    // Go to a part of so many steps, from the first-th on.
+    INLINE void go(const int *orders, int direction, int first, int count, int L, int E) {
+        steps = count;
+        place = place_in_row(orders, direction, first + threadIdx.x % 32, L) * E;
+    }
+
+    INLINE int step(int i) const { return min(at + i, steps - 1); }
+    INLINE bool valid(int i) const { return there && at + i < steps; }
+
+    // Four steps of u's rows by position, and of the gradient's by token.
+    INLINE void load(Quad *u, Quad *dy, const Inputs &in, int E) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const element *row = in.u + step(i) * E + channel;
+            u[i] = *reinterpret_cast<const Quad *>(row);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int offset = __shfl_sync(0xffffffffu, place, step(i));
+            const element *row = in.grad + offset + channel;
+            dy[i] = *reinterpret_cast<const Quad *>(row);
+        }
+    }
+};
+
+// B, C and the step sizes' code of a part, zero behind its end.
+INLINE void stage_matrices(Shared &m, float *code_s, const Inputs &in, int rank, int steps) {
+    for (int i = threadIdx.x; i < PART * 8; i += THREADS) {
+        int t = i % PART, n = i / PART % 4;
+        bool second = i >= PART * 4;
+        const element *from = second ? in.c + t * in.c_stride : in.b + t * in.b_stride;
+        float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (t < steps) load4(from + 4 * n, four);
+        float *to = (second ? m.C : m.B)[n] + t;
+#pragma unroll
+        for (int k = 0; k < 4; k++) to[4 * k * PITCH] = four[k];
+    }
+    stage_code(code_s, in.code, in.code_stride, rank, steps, PART);
+}
+
+// Step sizes before softplus, [channel][step].
+INLINE void project(float (*dt)[4], const Tile &tile, const float *code_s,
+                    const Inputs &in, int rank, int E) {
+#pragma unroll
+    for (int a = 0; a < 4; a++) {
+        float offset = in.bias[tile.channel + a];
+#pragma unroll
+        for (int i = 0; i < 4; i++) dt[a][i] = offset;
+    }
+    for (int r = 0; r < rank; r++) {
+        float weight[4], code[4];
+        load4(in.weight + r * E + tile.channel, weight);
+        load4(code_s + r * PART + tile.at, code);
+#pragma unroll
+        for (int a = 0; a < 4; a++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) dt[a][i] += weight[a] * code[i];
+        }
+    }
+}
+
+// Step sizes, what drives the states, and the gradient of y; zero where nothing exists.
+INLINE void stage_rows(Own &own, const Tile &tile, const Quad *u, const Quad *grad,
+                       const float *code_s, const Inputs &in, int rank, int E) {
+    float dt[4][4], x[4][4], dy[4][4];
+    project(dt, tile, code_s, in, rank, E);
+    if (tile.inside >= CHANNELS) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) open(u[i], x[i]), open(grad[i], dy[i]);
+#pragma unroll
+    for (int a = 0; a < 4; a++) {
+        float driven[4], gradient[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            dt[a][i] = tile.valid(i) ? softplus(dt[a][i]) : 0.0f;
+            driven[i] = dt[a][i] * x[i][a];
+            gradient[i] = tile.valid(i) ? dy[i][a] : 0.0f;
+        }
+        int at = row_of(tile.inside + a) + tile.at;
+        store4(own.dt + at, dt[a]);
+        store4(own.x + at, driven);
+        store4(own.dy + at, gradient);
+    }
+}
+
+// Gradients for D and the step sizes' bias, of a thread's four channels.
+struct Sums {
+    float skip[4], bias[4];
+};
+
+// Gradients of u and of the step sizes before softplus.
+INLINE void store_rows(Sums &sums, const Own &own, const Tile &tile, const Targets &to,
+                       const Inputs &in, int E) {
+    Quad far_u[4], far_dy[4];
+    float u[4][4], dy[4][4];
+    tile.load(far_u, far_dy, in, E);
+    if (!tile.there) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) open(far_u[i], u[i]), open(far_dy[i], dy[i]);
+#pragma unroll
+    for (int a = 0; a < 4; a++) {
+        float dt[4], through[4], exponent[4], D = in.skip[tile.channel + a];
+        int at = row_of(tile.inside + a) + tile.at;
+        load4(own.dt + at, dt);
+        load4(own.x + at, through);
+        load4(own.dy + at, exponent);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float slope = through[i] * u[i][a] + exponent[i] * LN2;
+            slope *= slope_of(dt[i]);
+            sums.skip[a] += tile.at + i < tile.steps ? dy[i][a] * u[i][a] : 0.0f;
+            sums.bias[a] += slope;
+            u[i][a] = dy[i][a] * D + through[i] * dt[i];
+            dy[i][a] = slope;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int t = tile.at + i;
+        if (t >= tile.steps) continue;
+        store4(to.u + t * E + tile.channel, u[i]);
+        store4(to.step + t * to.step_stride + tile.channel, dy[i]);
+    }
+}
+
+// Gradients of B and C, summed over the block's channels. A thread sums four steps of a
+// state, 2 WARPS times, in an order that keeps its neighbours to banks of their own.
+INLINE void finish_states(const Targets &to, const Shared &m, int steps) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 32 * GROUPS; i += THREADS) {
+        int lane = i & 1 | i << 1 & 28, g = i / 32, second = i / 16 % 2;
+        int s = lane & 1 | lane >> 1 & 2, n = 4 * s + lane / 8;
+        const float *from = m.own[0].left[g] + 128 * second + 4 * lane;
+        float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        int swap = i / 4 % 2 * 8;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float *own = from + w * (sizeof(Own) / 4);
+            float one[4], other[4];
+            load4(own + swap, one), load4(own + (8 - swap), other);
+#pragma unroll
+            for (int k = 0; k < 4; k++) total[k] += one[k] + other[k];
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            int t = 4 * g + k;
+            if (t >= steps) continue;
+            int at = t * to.bc_stride + STATES * second + n;
+#ifdef SPLIT
+            static_cast<float *>(to.bc)[at] = total[k];
+#else
+            static_cast<element *>(to.bc)[at] = from_float(total[k]);
+#endif
+        }
+    }
+}
+
+// Sums over all parts: for A of states, for D and the bias of channels.
+INLINE void store_sums(float *to, const Walk &w, const Sums &sums, const Square &q,
+                       const Tile &tile, int E) {
+    store_square(to, w.of_rate, q, E);
+#pragma unroll
+    for (int a = 0; a < 4; a++) {
+        float skip = sums.skip[a], bias = sums.bias[a];
+#pragma unroll
+        for (int bit = 1; bit < GROUPS; bit *= 2) {
+            skip += __shfl_xor_sync(0xffffffffu, skip, bit);
+            bias += __shfl_xor_sync(0xffffffffu, bias, bit);
+        }
+        if (tile.at || !tile.there) continue;
+        to[STATES * E + tile.channel + a] = skip;
+        to[(STATES + 1) * E + tile.channel + a] = bias;
+    }
 }
 
 // All gradients, chunk by chunk, from true first states and true last adjoints.
 //
 // Block (p, part, row): chunks p, p + P, ... of a row of sequences. Writes gradients of u
 // and of the step sizes before softplus, those of B and C summed over the block's channels,
-// and, for each p, (P, rows, N + 2, E) sums: for A, for D, and of the step sizes' gradients. SPLIT: several
-// blocks share B and C, and each writes a (rows, L, 2 N) float part of its own.
+// and, for each p, (P, rows, N + 2, E) sums: for A, for D, and of the step sizes' gradients.
+// SPLIT: several blocks share B and C, and each writes a (rows, L, 2 N) float part of its
+// own. E is a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 scan_gradients(const element *grad, const element *u, const element *code,
                const element *b, const element *c, const float *a, const float *weight,
                const float *bias, const float *skip, const int *orders,
                const float *kept, const float *adjoints, element *grad_u,
-               element *grad_step, void *grad_bc, float *partial, int L, int E, int batch, int chunks, int grad_rows, int rank,
-               int code_stride, int b_stride, int c_stride, int step_stride,
-               int bc_stride) {
+               element *grad_step, void *grad_bc, float *partial, int L, int E, int batch,
+               int chunks, int grad_rows, int rank, int code_stride, int b_stride,
+               int c_stride, int step_stride, int bc_stride) {
     extern __shared__ __align__(16) char memory[];
     Shared &m = *reinterpret_cast<Shared *>(memory);
-    int part = blockIdx.y;
+    float *code_s = reinterpret_cast<float *>(memory + sizeof(Shared));
+    Own &own = m.own[threadIdx.x / 32];
+    int first = (blockIdx.y * WARPS + threadIdx.x / 32) * CHANNELS;
+    Square q(first);
+    Tile tile(first, E);
     Place p = place_of(blockIdx.x, L, batch, E);
-    Square q = square_of(part, E);
     grad += (long long)(p.row % grad_rows) * L * E;
-    float D = q.owner ? skip[p.direction * E + q.own] : 0.0f;
-    float rate[4][ACROSS], of_rate[4][ACROSS], state[4][ACROSS], adjoint[4][ACROSS];
-    Sums sums = {0.0f, 0.0f};
-    load_square(rate, a + (long long)p.direction * STATES * E, q, E);
+    weight += p.direction * rank * E, bias += p.direction * E, skip += p.direction * E;
+    Walk w;
+    Sums sums = {};
+    load_square(w.rate, a + (long long)p.direction * STATES * E, q, E);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-#pragma unroll
-        for (int k = 0; k < ACROSS; k++) of_rate[j][k] = 0.0f;
-    }
+    for (int j = 0; j < 4; j++) w.of_rate[0][j] = w.of_rate[1][j] = 0.0f;
     for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-        p.chunk = chunk;
-        p.count = min(CHUNK, L - chunk * CHUNK);
-        p.base = (long long)p.row * L + chunk * CHUNK;
-        load_square(adjoint, adjoints + slot_of(p, chunk, chunks, E), q, E);
-        for (int begin = (p.count - 1) / PART * PART; begin >= 0; begin -= PART) {
-            long long row = p.base + begin;
-            load_square(state, kept + slot_of(p, chunk, chunks, E), q, E);
+        int chunk_first = chunk * CHUNK, count = min(CHUNK, L - chunk_first);
+        load_square(w.adjoint, adjoints + slot_of(p, chunk, chunks, E), q, E);
+        for (int begin = (count - 1) / PART * PART; begin >= 0; begin -= PART) {
+            load_square(w.state, kept + slot_of(p, chunk, chunks, E), q, E);
             for (int at = 0; at <= begin; at += PART) {
-                stage_part(m, p, part, at, min(PART, p.count - at),
-                           at == begin, grad, u + p.base * E, code + p.base * code_stride,
-                           b + p.base * b_stride,
-                           c + p.base * c_stride, weight, bias,
-                           orders, L, E, rank, code_stride, b_stride, c_stride);
-                walk(state, rate, m, q, at < begin ? GROUPS : GROUPS - 1, at == begin);
-            }
-            Targets to = {grad_u + row * E, grad_step + row * step_stride, grad_bc,
-                          step_stride, bc_stride};
+                long long row = (long long)p.row * L + chunk_first + at;
+                int steps = min(PART, count - at);
+                Inputs in = {grad, u + row * E, code + row * code_stride,
+                             b + row * b_stride, c + row * c_stride,
+                             weight, bias, skip, code_stride, b_stride, c_stride};
+                Quad far_u[4], far_dy[4];
+                tile.go(orders, p.direction, chunk_first + at, steps, L, E);
+                tile.load(far_u, far_dy, in, E);
+                stage_matrices(m, code_s, in, rank, steps);
+                __syncthreads();
+                stage_rows(own, tile, far_u, far_dy, code_s, in, rank, E);
+                __syncwarp();
+                int groups = at < begin ? GROUPS : GROUPS - 1;
+#pragma unroll 1
+                for (int g = 0; g < groups; g++) {
+                    leave(w, own, q, g);
+                    do_steps(w, m, own, q, g);
+                }
+                if (at < begin) {
+                    __syncthreads();
+                    continue;
+                }
+#pragma unroll 1
+                for (int g = GROUPS - 1; g >= 0; g--) {
+                    if (g < GROUPS - 1) take_up(w, own, q, g);
+                    return_steps(w, m, own, q, g);
+                }
+                __syncthreads();
+                Targets to = {grad_u + row * E, grad_step + row * step_stride, grad_bc,
+                              step_stride, bc_stride};
 #ifdef SPLIT
-            long long bc_row = row + (long long)part * gridDim.z * L;
-            to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
+                long long bc_row = row + (long long)blockIdx.y * gridDim.z * L;
+                to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
 #else
-            to.bc = static_cast<element *>(grad_bc) + row * bc_stride;
+                to.bc = static_cast<element *>(grad_bc) + row * bc_stride;
 #endif
-            for (int g = GROUPS - 1; g >= 0; g--) {
-                if (g < GROUPS - 1) take_up(state, m, q, g);
-                return_group(state, adjoint, of_rate, sums, rate, m, to, q, g,
-                             p.count - begin, D, E);
+                store_rows(sums, own, tile, to, in, E);
+                finish_states(to, m, steps);
             }
         }
     }
     partial += ((long long)blockIdx.x * gridDim.z + p.row) * (STATES + 2) * E;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-#pragma unroll
-        for (int k = 0; k < ACROSS; k++) {
-            if (q.valid[k]) partial[(4 * q.s + j) * E + q.channel + k] = of_rate[j][k];
-        }
-    }
-    if (!q.owner) return;
-    partial[(long long)STATES * E + q.own] = sums.skip;
-    partial[(long long)(STATES + 1) * E + q.own] = sums.bias;
+    store_sums(partial, w, sums, q, tile, E);
 }
