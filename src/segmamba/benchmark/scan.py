@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,14 @@ from segmamba.benchmark.checks import (
     LIMITS,
     different_bits,
     poisoned_memory,
+    relative_error,
     relative_errors,
 )
 from segmamba.benchmark.environment import package_version, why_not_importable
 from segmamba.benchmark.record import OURS, Record
 from segmamba.benchmark.settings import BenchmarkSettings
-from segmamba.benchmark.timing import Run
+from segmamba.benchmark.timing import Run, captured
+from segmamba.errors import SegMambaError, describe
 from segmamba.ops import selective_scan
 
 Scan = Callable[..., Tensor]
@@ -50,7 +53,8 @@ def benchmark_scan(record: Record) -> None:
     """Time forward, and forward with backward, over lengths and widths.
 
     u, delta, B and C are of the benchmark's type, A, D and the bias float32; with
-    softplus, skip and bias, without gate.
+    softplus, skip and bias, without gate. On a GPU also as replays of a CUDA graph:
+    short sequences take Python longer to launch than the GPU to scan.
 
     Args:
         record: Where the rows go, mamba_ssm's beside ours where it is installed.
@@ -182,6 +186,10 @@ class Inputs:
         with torch.no_grad():
             return scan(*self.tensors)
 
+    def outputs(self, scan: Scan) -> Tensor:
+        """Scan, and find all gradients; give the output."""
+        return self.backward(scan)["output"]
+
     def backward(self, scan: Scan) -> dict[str, Tensor]:
         """Scan; give the output and all gradients."""
         leaves = [x.detach().requires_grad_() for x in self.tensors]
@@ -224,7 +232,10 @@ def _time_size(
     settings = record.settings
     case = f"B {batch}, D {channels}, L {length}"
     reason = _why_too_large(record, batch * channels * length)
-    for mode in ("forward", "forward+backward"):
+    modes = ["forward", "forward+backward"]
+    if record.device.type == "cuda":
+        modes += [f"{mode}, CUDA graph" for mode in modes]
+    for mode in modes:
         for subject, scan in scans.items():
             facts = {"shape": [batch, channels, length]}
             if reason:
@@ -233,10 +244,27 @@ def _time_size(
 
             def make(scan: Scan = scan, mode: str = mode) -> Run:
                 inputs = Inputs.draw(settings, batch, channels, length)
-                call = inputs.forward if mode == "forward" else inputs.backward
-                return lambda: call(scan)
+                back = mode.startswith("forward+backward")
+                call = inputs.outputs if back else inputs.forward
+                if "graph" not in mode:
+                    return lambda: call(scan)
+                return _replay(lambda: call(scan), LIMITS[settings.precision])
 
             record.time(subject, case, mode, make, **facts)
+
+
+def _replay(run: Callable[[], Tensor], limit: float) -> Run:
+    """Give the replay of a call as a CUDA graph: the GPU's time without Python's."""
+    expected = run()
+    replay, output = captured(run)
+    output.detach().fill_(math.nan)
+    replay()
+    error = relative_error(output, expected)
+    if not error <= limit:
+        raise SegMambaError(
+            describe("the graph's answer isn't the scan's", found=error)
+        )
+    return replay
 
 
 def _why_too_large(record: Record, elements: int) -> str:

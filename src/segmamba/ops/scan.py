@@ -126,12 +126,16 @@ def _scan_on_gpu(
 
 def _are_ready(inputs: ScanInputs) -> bool:
     """Whether tensors are as the operator wants them, by the fewest questions."""
-    kind, device = inputs.u.dtype, inputs.u.device
-    for name, x in zip(inputs._fields, inputs, strict=True):
+    u, delta, A, B, C, D, z, bias = inputs
+    kind, device = u.dtype, u.device
+    for x in (u, delta, B, C, z):
         if x is not None and not (
-            x.dtype == (torch.float32 if name in _PARAMETERS else kind)
-            and x.is_contiguous()
-            and x.device == device
+            x.dtype is kind and x.is_contiguous() and x.device == device
+        ):
+            return False
+    for x in (A, D, bias):
+        if x is not None and not (
+            x.dtype is torch.float32 and x.is_contiguous() and x.device == device
         ):
             return False
     return True

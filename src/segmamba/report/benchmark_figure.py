@@ -58,8 +58,9 @@ def _draw_sizes(rows: list[JsonDict]) -> Any:
 
 def _draw_scans(rows: list[JsonDict]) -> Any:
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure = new_figure(4.6 * len(modes), 4.2)
-    panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
+    rows_of_panels = -(-len(modes) // 2)
+    figure = new_figure(9.2, 4.2 * rows_of_panels)
+    panels = figure.subplots(rows_of_panels, 2, sharex=True, sharey=True).flat
     for axes, mode in zip(panels, modes, strict=True):
         for (subject, width), points in scan_lines(rows, mode).items():
             axes.plot(
@@ -69,9 +70,9 @@ def _draw_scans(rows: list[JsonDict]) -> Any:
                 label=f"{subject}, B x D = {width}",
                 markersize=4,
             )
-        axes.set(title=mode, xlabel="length L", xscale="log", yscale="log")
+        axes.set(title=mode, ylabel="ms", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("ms")
+        axes.set_xlabel("length L")
     panels[0].legend(fontsize=7)
     return figure
 

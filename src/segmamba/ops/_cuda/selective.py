@@ -111,8 +111,9 @@ _work_for = functools.lru_cache(maxsize=256)(Work)
 
 def _work(inputs: ScanInputs, *others: Tensor) -> Work:
     u, delta, A, B, C, _, z, _ = inputs
-    aligned = u.shape[2] % 4 == 0 and (z is None or z.data_ptr() % 16 == 0)
-    aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (u, delta, B, C, *others))
+    aligned = u.shape[2] % 4 == 0
+    for x in (u, delta, B, C, z, *others):
+        aligned = aligned and (x is None or x.data_ptr() % 16 == 0)
     groups = B.shape[1] if B.ndim == 4 else 1
     form = groups, A.shape[1], z is not None, aligned, u.dtype, u.device
     return _work_for(u.shape, *form)
