@@ -15,7 +15,7 @@ scan_chunks(const element *u, const element *code, const element *b, const float
     u += p.base * E, code += p.base * code_stride;
     b += p.base * b_stride;
     stage_states(B, STATES, b, b_stride, p.count, CHUNK);
-    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    stage_code<CHUNK>(code_s, code, code_stride, rank, p.count);
     float rate[STATES], state[STATES], total = 0.0f;
     load_rates(rate, a, p, E);
 #pragma unroll
@@ -106,7 +106,7 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     y += (long long)p.row * L * E;
     stage_states(BC, 2 * STATES, b, b_stride, p.count, CHUNK);
     stage_states(BC + STATES, 2 * STATES, c, c_stride, p.count, CHUNK);
-    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    stage_code<CHUNK>(code_s, code, code_stride, rank, p.count);
     stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, E, CHUNK);
     float rate[STATES], state[STATES];
     load_rates(rate, a, p, E);
@@ -157,7 +157,7 @@ adjoint_chunks(const element *grad, const element *code, const element *c,
     c += p.base * c_stride;
     grad += (long long)(p.row % grad_rows) * L * E;
     stage_states(C, STATES, c, c_stride, p.count, CHUNK);
-    stage_code(code_s, code, code_stride, rank, p.count, CHUNK);
+    stage_code<CHUNK>(code_s, code, code_stride, rank, p.count);
     stage_tokens(tokens, orders, p.direction, p.chunk * CHUNK, L, E, CHUNK);
     float rate[STATES], adjoint[STATES];
     load_rates(rate, a, p, E);

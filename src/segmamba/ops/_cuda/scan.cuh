@@ -42,31 +42,40 @@ INLINE void stage_states(float *to, int width, const element *from, int stride,
     }
 }
 
-// The step sizes' code, (rank, rows) in shared memory, zero behind the last row.
-INLINE void stage_code(float *to, const element *from, int stride, int rank, int count,
-                       int rows) {
-    for (int i = threadIdx.x; i < rows * rank; i += THREADS) {
-        int t = i / rank, q = i % rank;
-        bool here = t < count;
-        to[q * rows + t] = here ? to_float(from[t * stride + q]) : 0.0f;
+// The step sizes' code, (rank, ROWS) in shared memory, zero behind the last row.
+template <int ROWS>
+INLINE void stage_code(float *to, const element *from, int stride, int rank, int count) {
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < ROWS * rank; i += THREADS) {
+        int t = i % ROWS, q = i / ROWS;
+        to[i] = t < count ? to_float(from[t * stride + q]) : 0.0f;
     }
 }
 
-// The token at a position; at one behind the last, that of the last.
-INLINE int place_in_row(const int *orders, int direction, int position, int L) {
-    int stride = orders[2 * direction], reverse = orders[2 * direction + 1];
-    position = min(position, L - 1);
-    if (reverse) position = L - 1 - position;
-    return position % stride * (L / stride) + position / stride;
-}
+// The order of a direction's tokens.
+struct Order {
+    int stride, reverse, L, runs;
+
+    INLINE Order(const int *orders, int direction, int length) {
+        stride = orders[2 * direction], reverse = orders[2 * direction + 1];
+        L = length, runs = L / stride;
+    }
+
+    // The token at a position; at one behind the last, that of the last.
+    INLINE int token(int position) const {
+        position = min(position, L - 1);
+        if (reverse) position = L - 1 - position;
+        int run = (unsigned)position / stride;
+        return (position - run * stride) * runs + run;
+    }
+};
 
 // Where the tokens of `rows` positions lie in a row of sequences, (L, E); positions
 // behind the last give one that exists.
 INLINE void stage_tokens(int *to, const int *orders, int direction, int first, int L,
                          int E, int rows) {
-    for (int t = threadIdx.x; t < rows; t += THREADS) {
-        to[t] = place_in_row(orders, direction, first + t, L) * E;
-    }
+    Order order(orders, direction, L);
+    for (int t = threadIdx.x; t < rows; t += THREADS) to[t] = order.token(first + t) * E;
 }
 
 // COUNT values of a channel, each `at` an offset of its step; steps behind the end give

@@ -39,17 +39,18 @@ struct Shared {
     Own own[WARPS];
 };
 
-struct Inputs {
+// A row of sequences, and its gradients, and parameters of its direction. SPLIT: several
+// blocks share B and C, and each gives floats of its own.
+struct Data {
     const element *grad, *u, *code, *b, *c;
     const float *weight, *bias, *skip;
-    int code_stride, b_stride, c_stride;
-};
-
-// Where a part's gradients go.
-struct Targets {
-    element *u, *step;
-    void *bc;
-    int step_stride, bc_stride;
+    element *of_u, *of_step;
+#ifdef SPLIT
+    float *of_bc;
+#else
+    element *of_bc;
+#endif
+    int L, E, rank, code_stride, b_stride, c_stride, step_stride, bc_stride;
 };
 
 INLINE int row_of(int channel) {
@@ -220,69 +221,78 @@ INLINE void open(const Quad &quad, float *values) {
 // Steps that don't exist have the last one's data, and channels the first one's, so that
 // loads don't depend on conditions, and all are on their way before one is waited for.
 struct Tile {
-    int at, inside, channel, steps;  // first step; first channel in the warp, of all
-    bool there;                      // the channels exist
-    int place;                       // offset of the row of the lane's own step in grad
+    int at, inside, channel;  // first step; first channel in the warp, of all
+    bool idle, there;         // there are too few steps for all lanes; the channels exist
+    int first, steps;         // of the part
+    int place;                // of the lane's own step, where its row in grad begins
+    float sums[8 / GROUPS];   // gradients for D or the bias, of a share of the channels
 
-    INLINE Tile(int first, int E) {
-        int lane = threadIdx.x % 32;
-        at = lane % GROUPS * 4, inside = lane / GROUPS * 4;
-        there = inside < CHANNELS && first + inside < E;
-        channel = there ? first + inside : 0;
+    INLINE Tile(int begin, int E) {
+        unsigned lane = threadIdx.x % 32;
+        at = lane % GROUPS * 4, inside = lane / GROUPS % 4 * 4;
+        idle = lane / GROUPS >= 4, there = !idle && begin + inside < E;
+        channel = there ? begin + inside : 0;
+#pragma unroll
+        for (int i = 0; i < 8 / GROUPS; i++) sums[i] = 0.0f;
     }
 
-    // Go to a part of so many steps, from the first-th on.
-    INLINE void go(const int *orders, int direction, int first, int count, int L, int E) {
-        steps = count;
-        place = place_in_row(orders, direction, first + threadIdx.x % 32, L) * E;
+    INLINE void go(const Order &order, int begin, int count, int E) {
+        first = begin, steps = count;
+        place = order.token(first + threadIdx.x % 32) * E;
     }
 
     INLINE int step(int i) const { return min(at + i, steps - 1); }
-    INLINE bool valid(int i) const { return there && at + i < steps; }
 
-    // Four steps of u's rows by position, and of the gradient's by token.
-    INLINE void load(Quad *u, Quad *dy, const Inputs &in, int E) const {
+    // Four steps of u's rows by position, and of the gradient's by token. The latter's are
+    // zero where nothing exists; so are then adjoints, and all gradients.
+    INLINE void load(Quad *u, Quad *dy, const Data &d) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const element *row = in.u + step(i) * E + channel;
+            const element *row = d.u + ((first + step(i)) * d.E + channel);
             u[i] = *reinterpret_cast<const Quad *>(row);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int offset = __shfl_sync(0xffffffffu, place, step(i));
-            const element *row = in.grad + offset + channel;
+            const element *row = d.grad + (offset + channel);
             dy[i] = *reinterpret_cast<const Quad *>(row);
         }
+        int limit = there ? steps - at : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) dy[i] = i < limit ? dy[i] : Quad();
     }
 };
 
 // B, C and the step sizes' code of a part, zero behind its end.
-INLINE void stage_matrices(Shared &m, float *code_s, const Inputs &in, int rank, int steps) {
-    for (int i = threadIdx.x; i < PART * 8; i += THREADS) {
-        int t = i % PART, n = i / PART % 4;
+INLINE void stage_matrices(Shared &m, float *code_s, const Data &d, const Tile &tile) {
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < PART * 8; i += THREADS) {
+        unsigned t = i % PART, n = i / PART % 4;
         bool second = i >= PART * 4;
-        const element *from = second ? in.c + t * in.c_stride : in.b + t * in.b_stride;
+        const element *from = second ? d.c : d.b;
+        int row = (tile.first + t) * (second ? d.c_stride : d.b_stride);
         float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (t < steps) load4(from + 4 * n, four);
-        float *to = (second ? m.C : m.B)[n] + t;
+        if (t < tile.steps) load4(from + (row + 4 * n), four);
+        float *to = &m.B[0][0] + second * STATES * PITCH + n * PITCH + t;
 #pragma unroll
         for (int k = 0; k < 4; k++) to[4 * k * PITCH] = four[k];
     }
-    stage_code(code_s, in.code, in.code_stride, rank, steps, PART);
+    stage_code<PART>(code_s, d.code + tile.first * d.code_stride, d.code_stride, d.rank,
+                     tile.steps);
 }
 
 // Step sizes before softplus, [channel][step].
-INLINE void project(float (*dt)[4], const Tile &tile, const float *code_s,
-                    const Inputs &in, int rank, int E) {
+INLINE void project(float (*dt)[4], const Tile &tile, const float *code_s, const Data &d) {
 #pragma unroll
     for (int a = 0; a < 4; a++) {
-        float offset = in.bias[tile.channel + a];
+        float offset = d.bias[tile.channel + a];
 #pragma unroll
         for (int i = 0; i < 4; i++) dt[a][i] = offset;
     }
-    for (int r = 0; r < rank; r++) {
+#pragma unroll 1
+    for (int r = 0; r < d.rank; r++) {
         float weight[4], code[4];
-        load4(in.weight + r * E + tile.channel, weight);
+        load4(d.weight + (r * d.E + tile.channel), weight);
         load4(code_s + r * PART + tile.at, code);
 #pragma unroll
         for (int a = 0; a < 4; a++) {
@@ -292,22 +302,22 @@ INLINE void project(float (*dt)[4], const Tile &tile, const float *code_s,
     }
 }
 
-// Step sizes, what drives the states, and the gradient of y; zero where nothing exists.
+// Step sizes, what drives the states, and the gradient of y.
 INLINE void stage_rows(Own &own, const Tile &tile, const Quad *u, const Quad *grad,
-                       const float *code_s, const Inputs &in, int rank, int E) {
+                       const float *code_s, const Data &d) {
     float dt[4][4], x[4][4], dy[4][4];
-    project(dt, tile, code_s, in, rank, E);
-    if (tile.inside >= CHANNELS) return;
+    project(dt, tile, code_s, d);
 #pragma unroll
     for (int i = 0; i < 4; i++) open(u[i], x[i]), open(grad[i], dy[i]);
+    if (tile.idle) return;
 #pragma unroll
     for (int a = 0; a < 4; a++) {
         float driven[4], gradient[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            dt[a][i] = tile.valid(i) ? softplus(dt[a][i]) : 0.0f;
+            dt[a][i] = softplus(dt[a][i]);
             driven[i] = dt[a][i] * x[i][a];
-            gradient[i] = tile.valid(i) ? dy[i][a] : 0.0f;
+            gradient[i] = dy[i][a];
         }
         int at = row_of(tile.inside + a) + tile.at;
         store4(own.dt + at, dt[a]);
@@ -316,23 +326,16 @@ INLINE void stage_rows(Own &own, const Tile &tile, const Quad *u, const Quad *gr
     }
 }
 
-// Gradients for D and the step sizes' bias, of a thread's four channels.
-struct Sums {
-    float skip[4], bias[4];
-};
-
-// Gradients of u and of the step sizes before softplus.
-INLINE void store_rows(Sums &sums, const Own &own, const Tile &tile, const Targets &to,
-                       const Inputs &in, int E) {
+// Gradients of u and of the step sizes before softplus; sums for D and the bias.
+INLINE void store_rows(Tile &tile, const Own &own, const Data &d) {
     Quad far_u[4], far_dy[4];
-    float u[4][4], dy[4][4];
-    tile.load(far_u, far_dy, in, E);
-    if (!tile.there) return;
+    float u[4][4], dy[4][4], sums[8] = {};
+    tile.load(far_u, far_dy, d);
 #pragma unroll
     for (int i = 0; i < 4; i++) open(far_u[i], u[i]), open(far_dy[i], dy[i]);
 #pragma unroll
     for (int a = 0; a < 4; a++) {
-        float dt[4], through[4], exponent[4], D = in.skip[tile.channel + a];
+        float dt[4], through[4], exponent[4], D = d.skip[tile.channel + a];
         int at = row_of(tile.inside + a) + tile.at;
         load4(own.dt + at, dt);
         load4(own.x + at, through);
@@ -341,68 +344,67 @@ INLINE void store_rows(Sums &sums, const Own &own, const Tile &tile, const Targe
         for (int i = 0; i < 4; i++) {
             float slope = through[i] * u[i][a] + exponent[i] * LN2;
             slope *= slope_of(dt[i]);
-            sums.skip[a] += tile.at + i < tile.steps ? dy[i][a] * u[i][a] : 0.0f;
-            sums.bias[a] += slope;
+            sums[a] += dy[i][a] * u[i][a];
+            sums[4 + a] += slope;
             u[i][a] = dy[i][a] * D + through[i] * dt[i];
             dy[i][a] = slope;
         }
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int t = tile.at + i;
-        if (t >= tile.steps) continue;
-        store4(to.u + t * E + tile.channel, u[i]);
-        store4(to.step + t * to.step_stride + tile.channel, dy[i]);
+        if (!tile.there || tile.at + i >= tile.steps) break;
+        int t = tile.first + tile.at + i;
+        store4(d.of_u + (t * d.E + tile.channel), u[i]);
+        store4(d.of_step + (t * d.step_stride + tile.channel), dy[i]);
     }
+    __syncwarp();
+    fold<8>(sums, 1);
+    fold<4>(sums, 2);
+    if (GROUPS == 8) fold<2>(sums, 4);
+#pragma unroll
+    for (int i = 0; i < 8 / GROUPS; i++) tile.sums[i] += sums[i];
 }
 
 // Gradients of B and C, summed over the block's channels. A thread sums four steps of a
 // state, 2 WARPS times, in an order that keeps its neighbours to banks of their own.
-INLINE void finish_states(const Targets &to, const Shared &m, int steps) {
+INLINE void finish_states(const Data &d, const Shared &m, const Tile &tile) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 32 * GROUPS; i += THREADS) {
-        int lane = i & 1 | i << 1 & 28, g = i / 32, second = i / 16 % 2;
-        int s = lane & 1 | lane >> 1 & 2, n = 4 * s + lane / 8;
-        const float *from = m.own[0].left[g] + 128 * second + 4 * lane;
+    for (unsigned i = threadIdx.x; i < 32 * GROUPS; i += THREADS) {
+        unsigned lane = i & 1 | i << 1 & 28, g = i / 32, second = i / 16 % 2;
+        unsigned s = lane & 1 | lane >> 1 & 2, n = 4 * s + lane / 8;
+        const float *from = m.own[0].left[0] + SLOT * g + 128 * second + 4 * lane;
+        unsigned swap = i / 4 % 2 * 8;
         float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        int swap = i / 4 % 2 * 8;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float *own = from + w * (sizeof(Own) / 4);
             float one[4], other[4];
-            load4(own + swap, one), load4(own + (8 - swap), other);
+            load4(own + swap, one), load4(own + (swap ^ 8), other);
 #pragma unroll
             for (int k = 0; k < 4; k++) total[k] += one[k] + other[k];
         }
+        int at = (tile.first + 4 * g) * d.bc_stride + STATES * second + n;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            int t = 4 * g + k;
-            if (t >= steps) continue;
-            int at = t * to.bc_stride + STATES * second + n;
+            if (4 * g + k >= tile.steps) break;
 #ifdef SPLIT
-            static_cast<float *>(to.bc)[at] = total[k];
+            d.of_bc[at + k * d.bc_stride] = total[k];
 #else
-            static_cast<element *>(to.bc)[at] = from_float(total[k]);
+            d.of_bc[at + k * d.bc_stride] = from_float(total[k]);
 #endif
         }
     }
 }
 
 // Sums over all parts: for A of states, for D and the bias of channels.
-INLINE void store_sums(float *to, const Walk &w, const Sums &sums, const Square &q,
-                       const Tile &tile, int E) {
+INLINE void store_sums(float *to, const Walk &w, const Square &q, const Tile &tile, int E) {
     store_square(to, w.of_rate, q, E);
+    if (!tile.there) return;
+    int kind = q.lane % 2, channel = tile.channel + q.lane / 2 % 2 * 2;
+    if (GROUPS == 8) channel += q.lane / 4 % 2;
 #pragma unroll
-    for (int a = 0; a < 4; a++) {
-        float skip = sums.skip[a], bias = sums.bias[a];
-#pragma unroll
-        for (int bit = 1; bit < GROUPS; bit *= 2) {
-            skip += __shfl_xor_sync(0xffffffffu, skip, bit);
-            bias += __shfl_xor_sync(0xffffffffu, bias, bit);
-        }
-        if (tile.at || !tile.there) continue;
-        to[STATES * E + tile.channel + a] = skip;
-        to[(STATES + 1) * E + tile.channel + a] = bias;
+    for (int i = 0; i < 8 / GROUPS; i++) {
+        to[(STATES + kind) * E + channel + i] = tile.sums[i];
     }
 }
 
@@ -429,10 +431,21 @@ scan_gradients(const element *grad, const element *u, const element *code,
     Square q(first);
     Tile tile(first, E);
     Place p = place_of(blockIdx.x, L, batch, E);
-    grad += (long long)(p.row % grad_rows) * L * E;
-    weight += p.direction * rank * E, bias += p.direction * E, skip += p.direction * E;
+    Order order(orders, p.direction, L);
+    long long row = (long long)p.row * L;
+    Data d = {grad + (long long)(p.row % grad_rows) * L * E, u + row * E,
+              code + row * code_stride, b + row * b_stride, c + row * c_stride,
+              weight + p.direction * rank * E, bias + p.direction * E,
+              skip + p.direction * E, grad_u + row * E, grad_step + row * step_stride};
+    long long bc_row = row + (long long)blockIdx.y * gridDim.z * L;
+#ifdef SPLIT
+    d.of_bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
+#else
+    d.of_bc = static_cast<element *>(grad_bc) + row * bc_stride;
+#endif
+    d.L = L, d.E = E, d.rank = rank, d.code_stride = code_stride, d.b_stride = b_stride;
+    d.c_stride = c_stride, d.step_stride = step_stride, d.bc_stride = bc_stride;
     Walk w;
-    Sums sums = {};
     load_square(w.rate, a + (long long)p.direction * STATES * E, q, E);
 #pragma unroll
     for (int j = 0; j < 4; j++) w.of_rate[0][j] = w.of_rate[1][j] = 0.0f;
@@ -442,17 +455,12 @@ scan_gradients(const element *grad, const element *u, const element *code,
         for (int begin = (count - 1) / PART * PART; begin >= 0; begin -= PART) {
             load_square(w.state, kept + slot_of(p, chunk, chunks, E), q, E);
             for (int at = 0; at <= begin; at += PART) {
-                long long row = (long long)p.row * L + chunk_first + at;
-                int steps = min(PART, count - at);
-                Inputs in = {grad, u + row * E, code + row * code_stride,
-                             b + row * b_stride, c + row * c_stride,
-                             weight, bias, skip, code_stride, b_stride, c_stride};
                 Quad far_u[4], far_dy[4];
-                tile.go(orders, p.direction, chunk_first + at, steps, L, E);
-                tile.load(far_u, far_dy, in, E);
-                stage_matrices(m, code_s, in, rank, steps);
+                tile.go(order, chunk_first + at, min(PART, count - at), E);
+                tile.load(far_u, far_dy, d);
+                stage_matrices(m, code_s, d, tile);
                 __syncthreads();
-                stage_rows(own, tile, far_u, far_dy, code_s, in, rank, E);
+                stage_rows(own, tile, far_u, far_dy, code_s, d);
                 __syncwarp();
                 int groups = at < begin ? GROUPS : GROUPS - 1;
 #pragma unroll 1
@@ -469,20 +477,13 @@ scan_gradients(const element *grad, const element *u, const element *code,
                     if (g < GROUPS - 1) take_up(w, own, q, g);
                     return_steps(w, m, own, q, g);
                 }
+                __syncwarp();
+                store_rows(tile, own, d);
                 __syncthreads();
-                Targets to = {grad_u + row * E, grad_step + row * step_stride, grad_bc,
-                              step_stride, bc_stride};
-#ifdef SPLIT
-                long long bc_row = row + (long long)blockIdx.y * gridDim.z * L;
-                to.bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
-#else
-                to.bc = static_cast<element *>(grad_bc) + row * bc_stride;
-#endif
-                store_rows(sums, own, tile, to, in, E);
-                finish_states(to, m, steps);
+                finish_states(d, m, tile);
             }
         }
     }
     partial += ((long long)blockIdx.x * gridDim.z + p.row) * (STATES + 2) * E;
-    store_sums(partial, w, sums, q, tile, E);
+    store_sums(partial, w, q, tile, E);
 }
