@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -133,6 +134,22 @@ def showing_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def quiet_when_unread() -> Iterator[None]:
+    """End the program without a word where nobody reads its output any more."""
+    output = sys.stdout  # None where there is none
+    try:
+        try:
+            yield
+        finally:
+            if output is not None:
+                output.flush()
+    except BrokenPipeError:
+        if output is not None:  # what is left in it would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        raise SystemExit(1) from None
 
 
 def explain(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 import tyro
 
@@ -11,7 +12,12 @@ import segmamba
 from segmamba.cli.machine import Benchmark, Demo, Info
 from segmamba.cli.results import Compare, Evaluate, Predict
 from segmamba.cli.training import Check, Plan, Postprocess, Train
-from segmamba.console import explain, say_error, showing_warnings
+from segmamba.console import (
+    explain,
+    quiet_when_unread,
+    say_error,
+    showing_warnings,
+)
 
 COMMANDS = {
     "check": Check,
@@ -27,6 +33,14 @@ COMMANDS = {
 }
 
 
+class Command(Protocol):
+    """What each command's dataclass has."""
+
+    def run(self) -> int:
+        """Do it, and give the exit code."""
+        ...
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -34,15 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; default: the process's.
 
     Returns:
-        The exit code: 0 if all went well, 1 for an error, 130 when interrupted.
+        The exit code: 0 if all went well, 1 for an error or where nobody reads the
+        output any more (`| head`), 130 when interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="segmamba",
-        description=(segmamba.__doc__ or "").partition("\n")[0],
-        args=words,
-    )
+    with quiet_when_unread():
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="segmamba",
+            description=(segmamba.__doc__ or "").partition("\n")[0],
+            args=words,
+        )
+        return _run(command, words)
+
+
+def _run(command: Command, words: list[str]) -> int:
     from segmamba.manifest import typed  # slow
 
     try:
@@ -51,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say_error("interrupted; what was finished is kept.")
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         say_error(explain(error))
     return 1
