@@ -13,7 +13,13 @@ import torch
 import yaml
 
 from segmamba import Volume, workflow
+from segmamba.atomic import write_json
+from segmamba.checkpoint import save_model
+from segmamba.data.dataset import dataset_to_dict
+from segmamba.data.layouts import load_dataset
+from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
 from segmamba.io import write_label_map, write_volume
+from segmamba.nn import create_network
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -104,3 +110,39 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "scans" / "case_0.nii.gz", folder / "scan.nii.gz")
     make_study(folder / "study")
     return folder
+
+
+@pytest.fixture
+def brats_run(tmp_path: Path, shared_data: Path) -> Path:
+    """An untrained network for BraTS in a run's folder; at 5 mm, so that it is fast."""
+    torch.manual_seed(1)
+    network = create_network(
+        "segmamba-light",
+        in_channels=4,
+        out_channels=3,
+        dims=(4, 8),
+        hidden_size=8,
+        depths=(1, 1),
+        strides=(2, 2),
+    )
+    with torch.no_grad():  # every output on both sides of zero: all labels come up
+        for parameter in list(network.parameters())[-2:]:
+            parameter.mul_(0 if parameter.ndim == 1 else 10)
+    plan = Plan(
+        orientation="SPL",
+        spacing_mm=(5.0, 5.0, 5.0),
+        patch_size=(32, 32, 32),
+        batch_size=1,
+        normalization=(ChannelNormalization("zscore-nonzero"),) * 4,
+        network=network.config,
+    )
+    save_plan(tmp_path / "run" / "plan.json", plan)
+    dataset = load_dataset(shared_data / "BraTS")
+    write_json(tmp_path / "run" / "dataset.json", dataset_to_dict(dataset))
+    save_model(
+        tmp_path / "run" / "fold_0" / "model.safetensors",
+        network.state_dict(),
+        network=network.config,
+        metadata={"plan_hash": plan_hash(plan)},
+    )
+    return tmp_path / "run"

@@ -8,59 +8,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import torch
 
 from segmamba import cli
-from segmamba.atomic import write_json
-from segmamba.checkpoint import save_model
-from segmamba.data.dataset import dataset_to_dict
-from segmamba.data.layouts import load_dataset
-from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
 from segmamba.inference import find_cases, load_model, predict_cases
-from segmamba.nn import create_network
 
 CASE = "BraTS2021_01480"
 
 
-@pytest.fixture
-def run(tmp_path, shared_data) -> Path:
-    """What training would leave: a plan at 5 mm, so that it is fast."""
-    torch.manual_seed(1)
-    network = create_network(
-        "segmamba-light",
-        in_channels=4,
-        out_channels=3,
-        dims=(4, 8),
-        hidden_size=8,
-        depths=(1, 1),
-        strides=(2, 2),
-    )
-    with torch.no_grad():  # every output on both sides of zero: all labels come up
-        for parameter in list(network.parameters())[-2:]:
-            parameter.mul_(0 if parameter.ndim == 1 else 10)
-    plan = Plan(
-        orientation="SPL",
-        spacing_mm=(5.0, 5.0, 5.0),
-        patch_size=(32, 32, 32),
-        batch_size=1,
-        normalization=(ChannelNormalization("zscore-nonzero"),) * 4,
-        network=network.config,
-    )
-    save_plan(tmp_path / "run" / "plan.json", plan)
-    dataset = load_dataset(shared_data / "BraTS")
-    write_json(tmp_path / "run" / "dataset.json", dataset_to_dict(dataset))
-    save_model(
-        tmp_path / "run" / "fold_0" / "model.safetensors",
-        network.state_dict(),
-        network=network.config,
-        metadata={"plan_hash": plan_hash(plan)},
-    )
-    return tmp_path / "run"
-
-
 @pytest.mark.slow
-def test_brats_case_keeps_its_place(run, tmp_path, shared_data):
-    predictor = load_model(run, "cpu", mirror=False, overlap=0.25, precision="fp32")
+def test_brats_case_keeps_its_place(brats_run, tmp_path, shared_data):
+    predictor = load_model(
+        brats_run, "cpu", mirror=False, overlap=0.25, precision="fp32"
+    )
     folder = shared_data / "BraTS" / CASE
     cases = find_cases(folder, predictor.channels)
     out = tmp_path / "out"
@@ -97,10 +56,10 @@ def predict(run: Path, folder: Path, out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["BraTS2021_01476", "BraTS2021_01477"])
-def test_a_label_map_lies_right_in_a_viewer(run, tmp_path, shared_data, case):
+def test_a_label_map_lies_right_in_a_viewer(brats_run, tmp_path, shared_data, case):
     """As ITK-SNAP, 3D Slicer (ITK) and FSLeyes (nibabel's reading) would place it."""
     folder = shared_data / "BraTS" / case
-    predict(run, folder, tmp_path)
+    predict(brats_run, folder, tmp_path)
     written = tmp_path / f"{case}.nii.gz"
     names = [f"{case}_{channel}.nii.gz" for channel in ("t1", "t1ce", "t2", "flair")]
     for name in [*names, f"{case}_seg.nii.gz"]:

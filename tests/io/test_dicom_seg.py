@@ -177,6 +177,7 @@ def test_without_highdicom_the_remedy_is_named(
         ("Tumour", "Neoplasm"),
         ("necrosis", "Necrosis"),
         ("enhancing tumor", "Enhancing Lesion"),
+        ("ED", "Edema"),
         ("thing", "Tissue"),
     ],
 )

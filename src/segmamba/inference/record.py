@@ -16,6 +16,7 @@ from segmamba.errors import ConfigError, FormatError, describe
 from segmamba.inference.find import InputCase
 from segmamba.inference.prediction import Prediction
 from segmamba.inference.predictor import Predictor
+from segmamba.io import DicomSeries
 from segmamba.manifest import Session, file_record, files_record
 from segmamba.types import Array, JsonDict
 
@@ -176,19 +177,20 @@ def describe_inputs(case: InputCase) -> JsonDict:
         case: A case; its files may be missing.
 
     Returns:
-        "inputs": a record for each image, or for each series of DICOM.
+        "inputs": a record for each image, or for each series of DICOM, in the order
+        of the channels.
     """
     if not case.series:
         return {"inputs": [file_record(path) for path in case.images]}
-    groups = [[file.path for file in series.files] for series in case.series]
-    return {
-        "inputs": [
-            file_record(paths[0])
-            if len(set(paths)) == 1
-            else files_record(series.source, paths)
-            for series, paths in zip(case.series, groups, strict=True)
-        ]
-    }
+    return {"inputs": [_series_record(series) for series in case.series]}
+
+
+def _series_record(series: DicomSeries) -> JsonDict:
+    paths = [file.path for file in series.files]
+    alone = len(set(paths)) == 1
+    files = file_record(paths[0]) if alone else files_record(series.source, paths)
+    names = {name: getattr(series, name) for name in ("number", "description", "uid")}
+    return {**files, "series": names}
 
 
 def describe_prediction(found: Prediction, scheme: LabelScheme) -> JsonDict:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from segmamba.errors import ConfigError, FormatError, GeometryError, describe
-from segmamba.io.dicom_files import DicomFile, iterate_files, open_files
-from segmamba.io.dicom_grid import arrange
+from segmamba.io.dicom_files import DicomFile, iterate_files
+from segmamba.io.dicom_grid import arrange, missing_at_ends
 from segmamba.io.dicom_headers import (
     INSTALL,
     Header,
     Slice,
-    missing_library,
     pydicom_module,
     read_header,
-    reading,
 )
-from segmamba.io.dicom_jpeg import check_jpeg
-from segmamba.io.formats import MAX_INFLATION
+from segmamba.io.dicom_voxels import read_voxels
 from segmamba.io.geometry import describe_grid_difference
 from segmamba.io.volume import Volume
 from segmamba.types import Array, FloatArray, Size3
 
-_JPEG_LS_PLUGIN = "pyjpegls"
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "INSTALL",
@@ -168,7 +165,7 @@ def choose_series(found: Sequence[DicomSeries], choice: str) -> DicomSeries:
     Args:
         found: What there is.
         choice: SeriesNumber; SeriesInstanceUID or its end; or the description, in any
-            case, whole or in part.
+            case, whole or, unless it is a number, in part.
 
     Returns:
         The series.
@@ -177,11 +174,12 @@ def choose_series(found: Sequence[DicomSeries], choice: str) -> DicomSeries:
         ConfigError: None or several fit; the text lists what there is.
     """
     wanted = choice.strip().lower()
+    is_number = wanted.isdigit()  # of a series, and no part of "T1"
     rules = (
         lambda series: series.uid == wanted,
         lambda series: str(series.number) == wanted,
         lambda series: series.description.lower() == wanted,
-        lambda series: wanted in series.description.lower(),
+        lambda series: not is_number and wanted in series.description.lower(),
         lambda series: len(wanted) > 3 and series.uid.endswith(wanted),
     )
     for rule in rules:
@@ -253,7 +251,10 @@ def read_series(
     # Columns lie densest, as in the files: no transposed copying.
     array: Array | None = None
     for channel, item in enumerate(series):
-        voxels = _read_voxels(item, np.dtype(dtype))
+        lacking = missing_at_ends(item.slices, item.headers[0].acquired)
+        if lacking is not None:
+            _log.warning("%s may lack slices at an end: %s", item.name, lacking)
+        voxels = read_voxels(item.headers, item.slices, np.dtype(dtype))
         if len(series) == 1:
             array = voxels[None]
         else:
@@ -313,92 +314,6 @@ def _refuse_lone_slice(found: Sequence[DicomSeries], source: Path) -> None:
                 remedy="Give the folder with all slices of the series.",
             )
         )
-
-
-def _read_voxels(series: DicomSeries, dtype: np.dtype[Any]) -> Array:
-    """Read (slices, rows, columns), slope and intercept applied in float64."""
-    _check_claims(series)
-    places: dict[DicomFile, dict[int, int]] = {}
-    for k, item in enumerate(series.slices):
-        places.setdefault(item.file, {})[item.frame] = k
-    array = np.empty((len(series.slices), *series.slices[0].size), dtype)
-    for file, stream in open_files(list(places)):
-        frames = sorted(places[file])
-        for frame, stored in zip(frames, _decode(file, stream, frames), strict=True):
-            k = places[file][frame]
-            array[k] = _rescaled(stored, series.slices[k], dtype, file)
-    return array
-
-
-def _check_claims(series: DicomSeries) -> None:
-    """Refuse files that claim more voxels than so few bytes can hold."""
-    for header in series.headers:
-        rows, columns = header.slices[0].size
-        file = header.slices[0].file
-        claimed = rows * columns * len(header.slices)
-        if claimed > file.size * MAX_INFLATION:
-            raise FormatError(
-                describe(
-                    "a DICOM file is too small for its voxels",
-                    expected=f"room for {claimed} voxels",
-                    found=f"{file.size} bytes",
-                    file=str(file),
-                    remedy="Export or copy the series again.",
-                )
-            )
-
-
-def _decode(file: DicomFile, stream: Any, frames: Sequence[int]) -> list[Array]:
-    pydicom = pydicom_module()
-    from pydicom.encaps import generate_frames
-    from pydicom.pixels import iter_pixels, pixel_array  # pyright: ignore
-    from pydicom.uid import JPEGTransferSyntaxes
-
-    with reading(file):
-        data = pydicom.dcmread(stream)
-        plugin = _plugin(data.file_meta.TransferSyntaxUID)
-        if data.file_meta.TransferSyntaxUID in JPEGTransferSyntaxes:
-            count = int(data.get("NumberOfFrames") or 1)
-            for part in generate_frames(data.PixelData, number_of_frames=count):
-                check_jpeg(part, data.Rows, data.Columns, data.BitsAllocated)
-        if int(data.get("NumberOfFrames") or 1) == 1:
-            return [pixel_array(data, decoding_plugin=plugin)]
-        return list(iter_pixels(data, indices=frames, decoding_plugin=plugin))
-
-
-def _plugin(syntax: Any) -> str:
-    """Name the decoder to take, or "" for pydicom's own choice.
-
-    Raises:
-        BackendUnavailableError: There is none for this transfer syntax.
-    """
-    if not (syntax.is_compressed and syntax.is_encapsulated):
-        return ""
-    from pydicom.pixels import get_decoder  # pyright: ignore
-
-    available = get_decoder(syntax).available_plugins
-    # On damaged JPEG-LS, GDCM ends the whole process.
-    wanted = _JPEG_LS_PLUGIN if syntax.name.startswith("JPEG-LS") else ""
-    if not available or (wanted and wanted not in available):
-        raise missing_library(f"a decoder for {syntax.name}")
-    return wanted
-
-
-def _rescaled(
-    stored: Array, item: Slice, dtype: np.dtype[Any], file: DicomFile
-) -> Array:
-    if stored.shape != item.size:
-        raise FormatError(
-            describe(
-                "a slice is not of the size that its header states",
-                expected=item.size,
-                found=stored.shape,
-                file=str(file),
-            )
-        )
-    if (item.slope, item.intercept) == (1.0, 0.0):
-        return stored.astype(dtype, copy=False)
-    return (stored.astype(np.float64) * item.slope + item.intercept).astype(dtype)
 
 
 def _no_choice(problem: str, found: Sequence[DicomSeries]) -> str:

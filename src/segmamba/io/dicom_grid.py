@@ -65,6 +65,30 @@ def arrange(
     return ordered, checked_affine(_LPS_TO_RAS @ affine, slices[0].file.path)
 
 
+def missing_at_ends(slices: Sequence[Slice], acquired: int | None) -> str | None:
+    """Look for signs that slices before the first or behind the last one are missing.
+
+    No gap tells of them. Only numbers do, and these are no proof: a series may be a
+    part of an acquisition.
+
+    Args:
+        slices: In order, each in a file of its own.
+        acquired: How many the header says were taken.
+
+    Returns:
+        The sign; None if there is none.
+    """
+    numbers = sorted(item.number for item in slices if item.number is not None)
+    if len({item.file for item in slices}) < len(slices):
+        return None
+    if acquired is not None and acquired > len(slices):
+        return f"{len(slices)} of {acquired} that were acquired"
+    first = numbers[0] if numbers else 1
+    if first > 1 and numbers == list(range(first, first + len(slices))):
+        return f"instance numbers {first} to {numbers[-1]}, not from 1"
+    return None
+
+
 def _check_stated(slices: Sequence[Slice], name: str) -> None:
     for tag, attribute in (
         ("ImagePositionPatient", "position"),

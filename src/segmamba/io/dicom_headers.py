@@ -62,6 +62,8 @@ class Header:
     thickness: float | None
     """Distance to the next slice that the header states, in mm."""
     slices: tuple[Slice, ...]
+    acquired: int | None = None
+    """ImagesInAcquisition: how many slices were taken, if the header says so."""
     problem: str | None = None
     """Why its voxels can't be intensities; a screenshot must not spoil a study."""
 
@@ -79,10 +81,10 @@ def pydicom_module() -> Any:
     return pydicom
 
 
-def missing_library(name: str) -> BackendUnavailableError:
-    """Compose the error for a library of the extra `dicom` that isn't there."""
+def missing_library(name: str, remedy: str = INSTALL) -> BackendUnavailableError:
+    """Compose the error for a library that isn't there."""
     return BackendUnavailableError(
-        describe(f"DICOM needs {name}, which is not installed", remedy=INSTALL)
+        describe(f"DICOM needs {name}, which is not installed", remedy=remedy)
     )
 
 
@@ -154,6 +156,7 @@ def _header(data: Any, file: DicomFile) -> Header:
         modality=str(data.get("Modality", "") or ""),
         thickness=_thickness(data),
         slices=tuple(_slices(data, file)),
+        acquired=_integer(data.get("ImagesInAcquisition")),
         problem=_colours(data, file),
     )
 

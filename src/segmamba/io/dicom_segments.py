@@ -28,7 +28,7 @@ _ORGANS = (7152, 7153, 7154, 7155, 7156, 7160, 7140)
 """DICOM's context groups of segmentation types (PS3.16)."""
 _SYNONYMS = {
     **dict.fromkeys(("tumor", "tumour", "cancer", "wholetumor"), "neoplasm"),
-    **dict.fromkeys(("oedema", "peritumoraledema"), "edema"),
+    **dict.fromkeys(("oedema", "peritumoraledema", "ed"), "edema"),
     **dict.fromkeys(("necroticcore", "ncr"), "necrosis"),
     **dict.fromkeys(("enhancingtumor", "enhancingtumour", "et"), "enhancinglesion"),
 }
