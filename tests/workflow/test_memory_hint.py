@@ -27,12 +27,12 @@ def step(batch_size: int = 4, patch_size=(128, 128, 128), **changes) -> Step:
 
 def test_a_smaller_batch_comes_first_and_is_the_largest_that_fits() -> None:
     tried = step()
-    room = 0.9 * 24_000
+    room = 0.9 * 12_000
     found = smaller_batch(tried, room)
     assert found is not None
     assert found.mib <= room
     assert step(found.batch_size + 1).mib > room
-    text = memory_hint(tried, 24_000, PLAN)
+    text = memory_hint(tried, 12_000, PLAN)
     assert f"should take {tried.mib:.0f} MiB. Lower batch_size from 4 to " in text
     assert f"to {found.batch_size} in run/plan.json (then {found.mib:.0f} MiB)" in text
     assert "patch_size from" not in text
@@ -41,14 +41,14 @@ def test_a_smaller_batch_comes_first_and_is_the_largest_that_fits() -> None:
 
 def test_a_smaller_patch_follows_where_one_patch_is_too_much() -> None:
     tried = step(1)
-    text = memory_hint(tried, 6000, PLAN)
+    text = memory_hint(tried, 3000, PLAN)
     assert "batch_size from" not in text
     match = re.search(r"patch_size from 128 x 128 x 128 to (.+?) in (.+?) \(then", text)
     assert match is not None
     assert match[2] == "run/plan.json"
     sides = tuple(int(n) for n in match[1].split(" x "))
     assert all(n % 16 == 0 for n in sides)
-    assert training_memory_mib(NETWORK, sides, 1, "cuda") <= 0.9 * 6000
+    assert training_memory_mib(NETWORK, sides, 1, "cuda") <= 0.9 * 3000
     assert re.search(r"checkpointing to true in .* \(then \d+ MiB\)", text)
 
 
@@ -66,7 +66,7 @@ def test_a_patch_that_cannot_shrink_is_not_named() -> None:
 
 
 def test_checkpointing_that_is_on_is_not_advised() -> None:
-    assert "checkpointing" not in memory_hint(step(checkpointing=True), 6000, PLAN)
+    assert "checkpointing" not in memory_hint(step(checkpointing=True), 3000, PLAN)
 
 
 @pytest.mark.parametrize("name", ["unet", "swinunetr", "unetr"])
@@ -80,5 +80,5 @@ def test_other_networks_get_a_hint_too(name: str) -> None:
 
 
 def test_a_batch_that_the_settings_choose_is_lowered_there() -> None:
-    text = memory_hint(step(), 24_000, PLAN, "the settings' section train")
+    text = memory_hint(step(), 12_000, PLAN, "the settings' section train")
     assert re.search(r"from 4 to \d in the settings' section train", text)
