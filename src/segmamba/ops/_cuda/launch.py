@@ -27,7 +27,7 @@ _SQUARE, _HELD = 16, 12
 for the sake of 168 registers a thread."""
 
 _PART = 32
-"""Steps of a chunk whose states the gradients' kernel holds in shared memory."""
+"""Steps of a chunk that the gradients' kernel does at a time, if it has more."""
 
 _SEGMENTS, _CARRIED = 32, 16
 """Parts of a sequence that are carried at once, and channels of a block that does."""
@@ -67,12 +67,18 @@ def kept_shape(rows: int, length: int, channels: int) -> tuple[int, ...]:
         channels: Channels E.
 
     Returns:
-        (rows, chunks + 1, N + 1, E): the state at each chunk's start, the last one
-        behind them; in the row behind the states of slot i + 1, chunk i's sum of step
-        sizes.
+        (rows, parts + 1, N + 1, E): the state at each part's start, a multiple of
+        `_PART` steps or a chunk, the last one behind them; in the row behind the states
+        of a chunk's last slot, its sum of step sizes.
     """
-    chunks = ceil_divide(length, chunk_steps(length))
-    return rows, chunks + 1, STATES + 1, channels
+    steps = chunk_steps(length)
+    slots = ceil_divide(length, steps) * (steps // part_steps(steps))
+    return rows, slots + 1, STATES + 1, channels
+
+
+def part_steps(steps: int) -> int:
+    """Steps of a chunk that the gradients' kernel does at a time."""
+    return min(_PART, steps)
 
 
 @functools.cache  # for good: recorded graphs hold addresses
@@ -191,9 +197,9 @@ class Scan:
         """Shared memory for the code of some rows."""
         return 4 * self.rank * rows
 
-    def new_slots(self) -> Tensor:
-        """Memory for states and sums of step sizes; see `kept_shape`."""
-        return self.rates.new_empty(kept_shape(self.rows, self.length, self.channels))
+    def every(self, slots: Tensor) -> int:
+        """Slots for a chunk: parts of it, where states between them are kept."""
+        return (slots.shape[1] - 1) // self.chunks
 
 
 def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> None:
@@ -209,6 +215,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
     threads, shared = _LANES * scan.warps, scan.code_bytes(scan.steps)
     parameters = (scan.rates, scan.weight, scan.bias)
     strides = (scan.code.stride(-2), scan.B.stride(-2))
+    every = scan.every(kept)
     scan.kernel("scan_chunks")(
         grid,
         threads,
@@ -220,6 +227,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         *scan.sizes,
         scan.rank,
         *strides,
+        every,
         shared=shared,
     )
     _carry(scan, kept, kept, back=False)
@@ -240,6 +248,7 @@ def run_forward(scan: Scan, y: Tensor, kept: Tensor, *, add: bool = False) -> No
         *strides,
         scan.C.stride(-2),
         int(add),
+        every,
         shared=shared,
     )
 
@@ -255,6 +264,8 @@ def _carry(scan: Scan, states: Tensor, kept: Tensor, *, back: bool) -> None:
         scan.batch,
         scan.chunks,
         int(back),
+        scan.every(states),
+        scan.every(kept),
     )
 
 
@@ -291,7 +302,8 @@ def run_backward(
     Returns:
         The other gradients.
     """
-    adjoints = scan.new_slots()
+    shape = (scan.rows, scan.chunks + 1, STATES + 1, scan.channels)
+    adjoints = scan.rates.new_empty(shape)
     scan.kernel("adjoint_chunks")(
         (scan.chunks - 1, scan.parts, scan.rows),
         _LANES * scan.warps,
@@ -403,7 +415,7 @@ def _blocks(scan: Scan, cut: _Cut) -> int:
 
 def _shared_bytes(scan: Scan, cut: _Cut) -> int:
     """Size of the gradients' kernel's shared memory: struct Shared, and the code."""
-    part = min(_PART, scan.steps)
+    part = part_steps(scan.steps)
     pitch = part + 4
     own = 3 * (16 * pitch + 40) + part // 4 * 8 * _LANES
     return 4 * (2 * STATES * pitch + cut.warps * own) + scan.code_bytes(part)

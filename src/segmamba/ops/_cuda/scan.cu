@@ -3,12 +3,13 @@
 
 #include "scan.cuh"
 
-// Each chunk's last state from a zero one, and its sum of step sizes. Both go to slot
-// chunk + 1, where the carry wants them.
+// Each chunk's last state from a zero one, and its sum of step sizes. Both go to the slot
+// of the chunk's end, where the carry wants them. Slots are of chunks' ends, `every` by
+// `every`, and between them of parts' ends.
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_chunks(const element *u, const element *code, const element *b, const float *a,
             const float *weight, const float *bias, float *kept, int L, int E,
-            int batch, int chunks, int rank, int code_stride, int b_stride) {
+            int batch, int chunks, int rank, int code_stride, int b_stride, int every) {
     __shared__ __align__(16) float B[CHUNK * STATES];
     extern __shared__ __align__(16) float code_s[];
     Place p = place_of(blockIdx.x, L, batch, E);
@@ -37,22 +38,24 @@ scan_chunks(const element *u, const element *code, const element *b, const float
         }
     }
     if (!p.valid) return;
-    kept += slot_of(p, p.chunk + 1, chunks, E) + p.channel;
+    kept += slot_of(p, (p.chunk + 1) * every, chunks * every, E) + p.channel;
 #pragma unroll
     for (int n = 0; n < STATES; n++) kept[(long long)n * E] = state[n];
     kept[(long long)STATES * E] = total;
     // the first slot has no chunk before it
-    if (p.chunk == 0) kept[-(long long)E] = 0.0f;
+    if (p.chunk == 0) kept[(STATES - every * (STATES + 1LL)) * E] = 0.0f;
 }
 
 // Carry states over the chunks, in place.
 //
-// Forward, slot i + 1 holds what chunk i adds, and slot i becomes the state that chunk i
-// starts from. back: slot i - 1 holds what chunk i adds to the adjoint, and slot i becomes
-// the adjoint that chunk i ends with. The slot to start from counts as zero. A thread does
-// a segment of the chunks for one channel.
+// Forward, the slot of chunk i's end holds what it adds, and that of its start becomes the
+// state that it starts from. back: slot i - 1 holds what chunk i adds to the adjoint, and
+// slot i becomes the adjoint that chunk i ends with. The slot to start from counts as zero.
+// A thread does a segment of the chunks for one channel. Chunks' slots are
+// `states_every` and `every` from each other.
 extern "C" __global__ void carry_states(float *states, const float *kept, const float *a,
-                                        int E, int batch, int chunks, int back) {
+                                        int E, int batch, int chunks, int back,
+                                        int states_every, int every) {
     __shared__ float decays[SEGMENTS][CARRIED], values[SEGMENTS][CARRIED];
     int lane = threadIdx.x % CARRIED, segment = threadIdx.x / CARRIED;
     int channel = blockIdx.x * CARRIED + lane, n = blockIdx.y, row = blockIdx.z;
@@ -61,15 +64,18 @@ extern "C" __global__ void carry_states(float *states, const float *kept, const 
     float rate = a[((long long)(row / batch) * STATES + n) * E + channel];
     int count = chunks + 1 - back, each = (count + SEGMENTS - 1) / SEGMENTS;
     int begin = min(segment * each, count), end = min(begin + each, count);
-    long long step = (long long)(STATES + 1) * E;
-    long long base = (long long)row * (chunks + 1) * step + channel;
-    if (back) base += (chunks - 1) * step, step = -step;
-    float *state = states + base + (long long)n * E;
-    const float *sum = kept + base + (long long)STATES * E + 2 * back * (long long)(STATES + 1) * E;
+    long long slot = (long long)(STATES + 1) * E;
+    long long step = states_every * slot, sum_step = every * slot;
+    float *state = states + row * (chunks * step + slot) + (long long)n * E + channel;
+    const float *sum = kept + row * (chunks * sum_step + slot) + (long long)STATES * E + channel;
+    if (back) {
+        state += (chunks - 1) * step, sum += (chunks + 1) * sum_step;
+        step = -step, sum_step = -sum_step;
+    }
     float decay = 1.0f, value = 0.0f;
 #pragma unroll 8
     for (int i = begin; i < end; i++) {
-        float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
+        float d = i > 0 ? exp2_fast(rate * sum[i * sum_step]) : 0.0f;
         float v = i > 0 ? state[i * step] : 0.0f;
         value = d * value + v;
         decay *= d;
@@ -82,20 +88,29 @@ extern "C" __global__ void carry_states(float *states, const float *kept, const 
     if (!valid) return;
 #pragma unroll 8
     for (int i = begin; i < end; i++) {
-        float d = i > 0 ? exp2_fast(rate * sum[i * step]) : 0.0f;
+        float d = i > 0 ? exp2_fast(rate * sum[i * sum_step]) : 0.0f;
         float v = i > 0 ? state[i * step] : 0.0f;
         value = d * value + v;
         state[i * step] = value;
     }
 }
 
-// Each chunk from its true first state; y by token, written or added to.
+// A state between chunks, behind which no sum of step sizes is.
+INLINE void keep(float *kept, const float *state, int E, bool valid) {
+    if (!valid) return;
+#pragma unroll
+    for (int n = 0; n < STATES; n++) kept[(long long)n * E] = state[n];
+    kept[(long long)STATES * E] = 0.0f;
+}
+
+// Each chunk from its true first state; y by token, written or added to. States before
+// parts go to their slots, if there are such.
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_outputs(const element *u, const element *code, const element *b, const element *c,
              const float *a, const float *weight, const float *bias, const float *skip,
-             const int *orders, const float *kept, element *y, int L, int E,
+             const int *orders, float *kept, element *y, int L, int E,
              int batch, int chunks, int rank, int code_stride, int b_stride,
-             int c_stride, int add) {
+             int c_stride, int add, int every) {
     __shared__ __align__(16) float BC[CHUNK * 2 * STATES];
     __shared__ int tokens[CHUNK];
     extern __shared__ __align__(16) float code_s[];
@@ -111,11 +126,16 @@ scan_outputs(const element *u, const element *code, const element *b, const elem
     float rate[STATES], state[STATES];
     load_rates(rate, a, p, E);
     float D = skip[p.direction * E + p.channel];
-    kept += slot_of(p, p.chunk, chunks, E) + p.channel;
+    kept += slot_of(p, p.chunk * every, chunks * every, E) + p.channel;
 #pragma unroll
     for (int n = 0; n < STATES; n++) state[n] = kept[(long long)n * E];
     __syncthreads();
-    for (int t0 = 0; t0 < p.count; t0 += STEPS) {
+    for (int t0 = 0; t0 < (every > 1 ? CHUNK : p.count); t0 += STEPS) {
+        if (every > 1 && t0 && t0 % PART == 0) {
+            kept += (STATES + 1) * E;
+            keep(kept, state, E, p.valid);
+        }
+        if (t0 >= p.count) continue;
         float dt[STEPS], x[STEPS], before[STEPS] = {};
         column<STEPS>(x, u, p.channel, t0, E, p.count);
         if (add) {

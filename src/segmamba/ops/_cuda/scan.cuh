@@ -8,6 +8,8 @@
 #define STATES 16
 #define THREADS (32 * WARPS)
 #define STEPS 8  // that are loaded at a time
+#define PART (CHUNK < 32 ? CHUNK : 32)  // steps that the backward does at a time
+#define PARTS (CHUNK / PART)
 
 // What a block works on.
 struct Place {
@@ -45,7 +47,6 @@ INLINE void stage_states(float *to, int width, const element *from, int stride,
 // The step sizes' code, (rank, ROWS) in shared memory, zero behind the last row.
 template <int ROWS>
 INLINE void stage_code(float *to, const element *from, int stride, int rank, int count) {
-#pragma unroll 1
     for (unsigned i = threadIdx.x; i < ROWS * rank; i += THREADS) {
         int t = i % ROWS, q = i / ROWS;
         to[i] = t < count ? to_float(from[t * stride + q]) : 0.0f;
@@ -149,7 +150,7 @@ INLINE void store_if(bool condition, element *to, element value) {
 #endif
 }
 
-// Where chunk i's numbers lie in what is kept, (rows, chunks + 1, STATES + 1, E).
-INLINE long long slot_of(const Place &p, int i, int chunks, int E) {
-    return ((long long)p.row * (chunks + 1) + i) * (STATES + 1) * E;
+// Where slot i lies in what is kept, (rows, slots + 1, STATES + 1, E).
+INLINE long long slot_of(const Place &p, int i, int slots, int E) {
+    return ((long long)p.row * (slots + 1) + i) * (STATES + 1) * E;
 }

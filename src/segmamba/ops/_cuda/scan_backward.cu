@@ -1,9 +1,9 @@
 // The scan's gradients, from what scan.cu gives.
 //
-// A chunk is done in parts of PART steps, the last one first. In a part a warp walks
-// forward once, leaving its states before every fourth step in shared memory; then four
-// steps at a time, the last ones first, are done again and walked back. That goes state by
-// state, so that only one state's four steps are in registers at once.
+// A chunk is done in parts of PART steps, the last one first. From the state before a part
+// a warp walks forward once, leaving its states before every fourth step in shared memory;
+// then four steps at a time, the last ones first, are done again and walked back. That goes
+// state by state, so that only one state's four steps are in registers at once.
 //
 // A warp has CHANNELS channels. As a Square, in walks, a thread has four states of two
 // channels; sums over states (for u and the step sizes) and over channels (for B and C) go
@@ -18,7 +18,6 @@
 
 #include "scan.cuh"
 
-#define PART (CHUNK < 32 ? CHUNK : 32)
 #define GROUPS (PART / 4)
 #define CHANNELS 16               // of a warp
 #define PITCH (PART + 4)          // from one row of steps to the next
@@ -52,6 +51,15 @@ struct Data {
 #endif
     int L, E, rank, code_stride, b_stride, c_stride, step_stride, bc_stride;
 };
+
+// The number itself, which the compiler takes for another: it keeps nothing in registers
+// that it made of the first before.
+INLINE int anew(int number) {
+#ifndef EMULATED
+    asm volatile("" : "+r"(number));
+#endif
+    return number;
+}
 
 INLINE int row_of(int channel) {
     return channel % 8 * PITCH + channel / 8 * HIGH;
@@ -236,8 +244,9 @@ struct Tile {
         for (int i = 0; i < 8 / GROUPS; i++) sums[i] = 0.0f;
     }
 
-    INLINE void go(const Order &order, int begin, int count, int E) {
-        first = begin, steps = count;
+    // Go to a part.
+    INLINE void go(const Order &order, int begin, int E) {
+        first = begin, steps = min(PART, order.L - begin);
         place = order.token(first + threadIdx.x % 32) * E;
     }
 
@@ -330,6 +339,7 @@ INLINE void stage_rows(Own &own, const Tile &tile, const Quad *u, const Quad *gr
 INLINE void store_rows(Tile &tile, const Own &own, const Data &d) {
     Quad far_u[4], far_dy[4];
     float u[4][4], dy[4][4], sums[8] = {};
+    tile.at = anew(tile.at);
     tile.load(far_u, far_dy, d);
 #pragma unroll
     for (int i = 0; i < 4; i++) open(far_u[i], u[i]), open(far_dy[i], dy[i]);
@@ -436,7 +446,8 @@ scan_gradients(const element *grad, const element *u, const element *code,
     Data d = {grad + (long long)(p.row % grad_rows) * L * E, u + row * E,
               code + row * code_stride, b + row * b_stride, c + row * c_stride,
               weight + p.direction * rank * E, bias + p.direction * E,
-              skip + p.direction * E, grad_u + row * E, grad_step + row * step_stride};
+              skip + p.direction * E, grad_u + row * E,
+              grad_step + row * step_stride};
     long long bc_row = row + (long long)blockIdx.y * gridDim.z * L;
 #ifdef SPLIT
     d.of_bc = static_cast<float *>(grad_bc) + bc_row * bc_stride;
@@ -450,38 +461,31 @@ scan_gradients(const element *grad, const element *u, const element *code,
 #pragma unroll
     for (int j = 0; j < 4; j++) w.of_rate[0][j] = w.of_rate[1][j] = 0.0f;
     for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-        int chunk_first = chunk * CHUNK, count = min(CHUNK, L - chunk_first);
         load_square(w.adjoint, adjoints + slot_of(p, chunk, chunks, E), q, E);
-        for (int begin = (count - 1) / PART * PART; begin >= 0; begin -= PART) {
-            load_square(w.state, kept + slot_of(p, chunk, chunks, E), q, E);
-            for (int at = 0; at <= begin; at += PART) {
-                Quad far_u[4], far_dy[4];
-                tile.go(order, chunk_first + at, min(PART, count - at), E);
-                tile.load(far_u, far_dy, d);
-                stage_matrices(m, code_s, d, tile);
-                __syncthreads();
-                stage_rows(own, tile, far_u, far_dy, code_s, d);
-                __syncwarp();
-                int groups = at < begin ? GROUPS : GROUPS - 1;
+        int slot = min((chunk + 1) * PARTS, (L + PART - 1) / PART) - 1;
+        for (; slot >= chunk * PARTS; slot--) {
+            tile.go(order, slot * PART, E);
+            Quad far_u[4], far_dy[4];
+            tile.load(far_u, far_dy, d);
+            load_square(w.state, kept + slot_of(p, slot, chunks * PARTS, E), q, E);
+            stage_matrices(m, code_s, d, tile);
+            __syncthreads();
+            stage_rows(own, tile, far_u, far_dy, code_s, d);
+            __syncwarp();
 #pragma unroll 1
-                for (int g = 0; g < groups; g++) {
-                    leave(w, own, q, g);
-                    do_steps(w, m, own, q, g);
-                }
-                if (at < begin) {
-                    __syncthreads();
-                    continue;
-                }
-#pragma unroll 1
-                for (int g = GROUPS - 1; g >= 0; g--) {
-                    if (g < GROUPS - 1) take_up(w, own, q, g);
-                    return_steps(w, m, own, q, g);
-                }
-                __syncwarp();
-                store_rows(tile, own, d);
-                __syncthreads();
-                finish_states(d, m, tile);
+            for (int g = 0; g < GROUPS - 1; g++) {
+                leave(w, own, q, g);
+                do_steps(w, m, own, q, g);
             }
+#pragma unroll 1
+            for (int g = GROUPS - 1; g >= 0; g--) {
+                if (g < GROUPS - 1) take_up(w, own, q, g);
+                return_steps(w, m, own, q, g);
+            }
+            __syncwarp();
+            store_rows(tile, own, d);
+            __syncthreads();
+            finish_states(d, m, tile);
         }
     }
     partial += ((long long)blockIdx.x * gridDim.z + p.row) * (STATES + 2) * E;
