@@ -46,8 +46,9 @@ def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
 
 
-def test_everything_comes_back_bit_for_bit(file):
-    tensors, metadata = load_checkpoint(file)
+@pytest.mark.parametrize("copy", [True, False])
+def test_everything_comes_back_bit_for_bit(file, copy):
+    tensors, metadata = load_checkpoint(file, copy=copy)
     assert metadata == METADATA
     assert tensors.keys() == TENSORS.keys()
     assert all(equal_bits(tensors[name], TENSORS[name]) for name in TENSORS)

@@ -1,11 +1,11 @@
-"""A bound on what building a network may take, where a file says what to build."""
+"""Building a network that a file describes: a bound on it, and no weights drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -49,3 +49,23 @@ class AtMost(TorchFunctionMode):
             if min(self._elements, self._tensors) < 0 or made.numel() > self._largest:
                 raise TooLargeError
         return made
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of initial weights, where a file's replace them all.
+
+    It takes as long as to read them. What is left holds any numbers.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, unless it is one of `nn.init`'s."""
+        options = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)

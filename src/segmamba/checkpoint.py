@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -26,6 +25,11 @@ from segmamba.config import AnyNetworkConfig, network_from_dict, to_dict
 from segmamba.devices import is_out_of_memory
 from segmamba.errors import CheckpointError, ConfigError, describe
 from segmamba.types import JsonDict
+
+try:
+    from isal.isal_zlib import crc32  # several times as fast
+except ImportError:  # where networks are trained without reading scans
+    from zlib import crc32
 
 FORMAT_VERSION = 1
 """Raised when older readers could misread a file."""
@@ -94,11 +98,15 @@ def save_checkpoint(
         raise CheckpointError(_cannot_write(path, ready, error)) from error
 
 
-def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], JsonDict]:
+def load_checkpoint(
+    path: Path | str, *, copy: bool = True
+) -> tuple[dict[str, Tensor], JsonDict]:
     """Read a file that `save_checkpoint` wrote.
 
     Args:
         path: The file.
+        copy: False leaves the tensors in the file, mapped into memory: for a caller
+            that drops them soon, such as after moving them to a GPU.
 
     Returns:
         The tensors by name, on the CPU, and the metadata.
@@ -109,8 +117,9 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], JsonDict]:
     path = Path(path)
     with _opened(path) as file:
         head = _parse_header(file.metadata(), path)
-        # Copies, since Windows can't replace a file that is still mapped.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if copy:  # Windows can't replace a file that is still mapped
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     if head.pop("crc32", None) != _checksum(tensors):
         raise CheckpointError(_broken(path, "a checksum that does not match"))
     head.pop("format_version", None)
@@ -171,11 +180,12 @@ def save_model(
     save_checkpoint(path, tensors, {**head, "kind": "model"})
 
 
-def load_model_file(path: Path | str) -> ModelFile:
+def load_model_file(path: Path | str, *, copy: bool = True) -> ModelFile:
     """Read a `model.safetensors`.
 
     Args:
         path: The file.
+        copy: As in `load_checkpoint`.
 
     Returns:
         Weights, network configuration and metadata.
@@ -183,7 +193,7 @@ def load_model_file(path: Path | str) -> ModelFile:
     Raises:
         CheckpointError: The file is broken, or is a training state and no model.
     """
-    tensors, head = load_checkpoint(path)
+    tensors, head = load_checkpoint(path, copy=copy)
     _require_model(head, Path(path))
     config = head.get("network")
     try:
@@ -332,9 +342,9 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
+        value = crc32(name.encode(), value)
         flat = tensors[name].reshape(-1).view(torch.uint8)
-        value = zlib.crc32(flat.numpy().data, value)
+        value = crc32(flat.numpy().data, value)
     return value
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segmamba.atomic import write_json, write_text
-from segmamba.checkpoint import save_checkpoint, save_model
+from segmamba.checkpoint import load_model_file, save_checkpoint, save_model
 from segmamba.data.dataset import Dataset, dataset_to_dict
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan, plan_hash, save_plan
@@ -89,6 +89,17 @@ def test_weights_come_back(run):
     prediction = predictor.predict(scan(), affine=np.eye(4), probabilities=True)
     assert prediction.label_map.shape == (27, 19, 24)
     assert set(np.unique(prediction.label_map)) <= {0, 1, 2}
+
+
+def test_weights_of_another_type_become_the_networks_own(run):
+    path = save_fold(run, "0")
+    file = load_model_file(path)
+    halves = {name: tensor.half() for name, tensor in file.tensors.items()}
+    save_model(path, halves, network=file.network, metadata=file.metadata)
+    (network,) = load_model(run, "cpu").networks
+    for name, tensor in network.state_dict().items():
+        assert tensor.dtype == file.tensors[name].dtype
+        assert torch.equal(tensor, halves[name].to(tensor.dtype))
 
 
 def test_folds_are_chosen(run):

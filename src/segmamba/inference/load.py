@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from isal.isal_zlib import crc32
 
-from segmamba.allocation import AtMost, TooLargeError
 from segmamba.atomic import read_json
 from segmamba.checkpoint import ModelFile, load_model_file, load_model_metadata
-from segmamba.config import AnyNetworkConfig, load_yaml
+from segmamba.config import load_yaml
 from segmamba.data.dataset import Dataset, dataset_from_dict
-from segmamba.data.plan import Plan, load_plan, plan_hash
+from segmamba.data.plan import load_plan
 from segmamba.devices import precision_for, resolve_device
-from segmamba.errors import CheckpointError, ConfigError, describe
+from segmamba.errors import CheckpointError, describe
+from segmamba.inference.networks import build_networks
 from segmamba.inference.postprocessing import (
     POSTPROCESSING_FILE,
     PostprocessingStep,
     load_postprocessing,
 )
 from segmamba.inference.predictor import Predictor
-from segmamba.nn import build_network
 from segmamba.types import JsonDict
 
 MODEL_FILE = "model.safetensors"
@@ -33,8 +31,6 @@ MODEL_FILE = "model.safetensors"
 
 SNAPSHOTS = "snapshots"
 """Folder in a fold's folder of the weights that were kept while it trained."""
-
-_SPARE = 1 << 12
 
 _log = logging.getLogger(__name__)
 
@@ -86,16 +82,17 @@ def load_model(
         ConfigError: An option is out of range, or postprocessing.json can't be used.
         BackendUnavailableError: The device isn't there.
     """
+    chosen = resolve_device(device)
+    copy = chosen.type == "cpu"  # elsewhere the device gets a copy
     folder, folds = _resolve_run(Path(run), folds)
     plan = load_plan(folder / "plan.json")
     source = folder / "dataset.json"
     dataset = dataset_from_dict(read_json(source), source=source)
-    models = _load_folds(folder, folds)
-    kept = _load_snapshots(list(models)) if snapshots else {}
-    chosen = resolve_device(device)
+    models = _load_folds(folder, folds, copy=copy)
+    kept = _load_snapshots(list(models), copy=copy) if snapshots else {}
     fast = chosen.type == "cpu" and precision_for(chosen, precision) == "bf16"
     return Predictor(
-        _networks(models, plan, dataset, channels_last=fast),
+        build_networks(models, plan, dataset, channels_last=fast),
         plan,
         dataset.channels,
         dataset.labels,
@@ -107,7 +104,7 @@ def load_model(
         accumulate_dtype=accumulate_dtype,
         postprocessing=_steps(folder, dataset) if postprocessing else (),
         whole_volume=whole_volume,
-        snapshots=_networks(kept, plan, dataset, channels_last=fast),
+        snapshots=build_networks(kept, plan, dataset, channels_last=fast),
         identity={**_identity(models), "files": _files(folder, [*models, *kept])},
     )
 
@@ -167,7 +164,9 @@ def _resolve_run(
     return run, [str(fold).removeprefix("fold_") for fold in group]
 
 
-def _load_folds(run: Path, folds: list[str] | None) -> dict[Path, ModelFile]:
+def _load_folds(
+    run: Path, folds: list[str] | None, *, copy: bool
+) -> dict[Path, ModelFile]:
     there = {fold.name: fold.path for fold in trained_folds(run)}
     if not there:
         raise CheckpointError(
@@ -179,7 +178,7 @@ def _load_folds(run: Path, folds: list[str] | None) -> dict[Path, ModelFile]:
             )
         )
     paths = _default(there, run) if folds is None else _named(there, folds, run)
-    models = {path: load_model_file(path) for path in paths}
+    models = {path: load_model_file(path, copy=copy) for path in paths}
     for path, model in models.items():
         if not _is_finished(model.metadata):
             _log.warning(
@@ -234,106 +233,6 @@ def _named(there: dict[str, Path], folds: list[str], run: Path) -> list[Path]:
     return [there[fold] for fold in dict.fromkeys(folds)]
 
 
-def _networks(
-    models: dict[Path, ModelFile], plan: Plan, dataset: Dataset, *, channels_last: bool
-) -> list[nn.Module]:
-    for path, model in models.items():
-        _check(path, model, plan, dataset)
-    networks = [_build(path, model, plan) for path, model in models.items()]
-    if channels_last:  # bf16 on a CPU: a third faster (measured); no difference in fp32
-        for network in networks:
-            network.to(memory_format=torch.channels_last_3d)  # pyright: ignore
-    return networks
-
-
-def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
-    trained, now = model.metadata.get("plan_hash"), plan_hash(plan)
-    if trained and trained != now:
-        raise CheckpointError(
-            describe(
-                "the plan was changed since this model was trained",
-                expected=f"plan {trained}",
-                found=f"plan {now}",
-                file=path,
-                remedy="Put the old plan.json back, or train again.",
-            )
-        )
-    config = model.network or plan.network
-    expected = (len(dataset.channels), dataset.labels.num_outputs)
-    found = (config.in_channels, config.out_channels)
-    if expected != found:
-        raise CheckpointError(
-            describe(
-                "the model doesn't fit the data set's channels and labels",
-                expected=f"{expected[0]} channels in, {expected[1]} out",
-                found=f"{found[0]} in, {found[1]} out",
-                file=path,
-            )
-        )
-
-
-def _build(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
-    network = _bare(path, model, plan)
-    known, given = set(network.state_dict()), set(model.tensors)
-    if known != given:
-        raise CheckpointError(
-            describe(
-                "weights don't fit the network",
-                expected=f"also {_some(known - given)}" if known - given else None,
-                found=f"unknown {_some(given - known)}" if given - known else None,
-                file=path,
-            )
-        )
-    try:
-        network.load_state_dict(model.tensors)
-    except RuntimeError as error:  # shapes, a line each
-        first, *more = [line.strip() for line in str(error).splitlines()[1:]] or [error]
-        found = f"{first} {len(more)} more like this." if more else first
-        raise CheckpointError(
-            describe("weights don't fit the network", found=found, file=path)
-        ) from error
-    return network
-
-
-def _bare(path: Path, model: ModelFile, plan: Plan) -> nn.Module:
-    """Build the network that the files describe, if its weights are of that size.
-
-    Files come from anywhere, and a few digits describe a network of any size.
-    """
-    config, count = model.network or plan.network, len(model.tensors)
-    elements = sum(tensor.numel() for tensor in model.tensors.values())
-    try:
-        if _blocks(config) > count:
-            raise TooLargeError
-        with AtMost(elements=4 * elements + _SPARE, tensors=16 * count + _SPARE):
-            return build_network(config)
-    except ConfigError as error:
-        raise CheckpointError(
-            describe("can't build the model's network", found=error, file=path)
-        ) from error
-    except (TooLargeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(
-            describe(
-                "weights don't fit the network",
-                expected=f"a network of {elements} weights in {count} tensors",
-                found="settings of a larger one",
-                file=path,
-            )
-        ) from error
-
-
-def _blocks(config: AnyNetworkConfig) -> int:
-    """Count the blocks that a configuration repeats; each has a weight at least."""
-    convolutions = getattr(config, "conv_blocks", None)
-    return sum(config.depths or ()) + sum(convolutions or ())
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:4]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
 def _steps(run: Path, dataset: Dataset) -> tuple[PostprocessingStep, ...]:
     path = run / POSTPROCESSING_FILE
     return load_postprocessing(path, dataset.labels).steps if path.exists() else ()
@@ -366,7 +265,7 @@ def _identity(models: dict[Path, ModelFile]) -> JsonDict:
     }
 
 
-def _load_snapshots(folds: list[Path]) -> dict[Path, ModelFile]:
+def _load_snapshots(folds: list[Path], *, copy: bool) -> dict[Path, ModelFile]:
     """Read the weights that were kept while folds trained."""
     paths = [
         path
@@ -383,7 +282,7 @@ def _load_snapshots(folds: list[Path]) -> dict[Path, ModelFile]:
                 "train.snapshots.",
             )
         )
-    return {path: load_model_file(path) for path in paths}
+    return {path: load_model_file(path, copy=copy) for path in paths}
 
 
 def _files(run: Path, models: list[Path]) -> list[str]:
@@ -398,5 +297,5 @@ def _fingerprint(model: ModelFile) -> str:
     total = 0
     for name in sorted(model.tensors):
         raw = model.tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        total = zlib.crc32(raw.numpy().data, total)
+        total = crc32(raw.numpy().data, total)
     return f"{total:08x}"
