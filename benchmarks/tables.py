@@ -139,12 +139,38 @@ def measured(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+STEP, ONCE = ("2x4x128^3", "training step"), ("1x4x128^3", "inference")
 BRIEFLY = (
-    ("volume", "160x240x240", "inference", "one 240x240x160 volume in a single pass"),
-    ("layer", "stage 1, batch 1", "forward", "three-directional layer, 262 144 tokens"),
-    ("layer", "stage 1, batch 1", "forward+backward", "the same with its gradients"),
+    ("network", "segmamba", *STEP, "training step, two patches of 4 x 128³"),
+    ("network", "resenc", *STEP, "the same, nnU-Net's ResEnc-L"),
+    ("network", "swinunetr", *STEP, "the same, SwinUNETR"),
+    ("network", "segresnet", *STEP, "the same, SegResNet"),
+    (
+        "network",
+        "segmamba",
+        STEP[0],
+        "training step, checkpointing",
+        "training step with activation checkpointing",
+    ),
+    ("network", "segmamba", *ONCE, "inference, one patch of 4 x 128³"),
+    ("network", "resenc", *ONCE, "the same, nnU-Net's ResEnc-L"),
+    ("network", "swinunetr", *ONCE, "the same, SwinUNETR"),
+    (
+        "volume",
+        "segmamba",
+        "160x240x240",
+        "inference",
+        "one 4 x 240x240x160 volume in a single pass",
+    ),
+    (
+        "predict",
+        "segmamba",
+        "240x240x155",
+        "end to end",
+        "a BraTS case, four files to a label map, 64 passes",
+    ),
 )
-"""Benchmark, case and step of the rows that README shows, and what it calls them."""
+"""Benchmark, subject, case and step of the rows that README shows, and their names."""
 
 
 def gpu_brief() -> str:
@@ -153,10 +179,10 @@ def gpu_brief() -> str:
         "| on one H100, bf16 | ms | peak MiB | command |",
         "| --- | --- | --- | --- |",
     ]
-    for name, case, mode, title in BRIEFLY:
+    for name, *place, title in BRIEFLY:
         rows = load(f"gpu_{name}")["measurements"]
-        row = next(r for r in rows if (r["case"], r["mode"]) == (case, mode))
-        figures = f"{row['median_ms']:.2f} | {row['peak_mib']:.0f}"
+        row = next(r for r in rows if [r["subject"], r["case"], r["mode"]] == place)
+        figures = f"{row['median_ms']:.1f} | {row['peak_mib']:.0f}"
         lines.append(f"| {title} | {figures} | `segmamba benchmark {name}` |")
     return "\n".join(lines) + "\n"
 
@@ -176,7 +202,10 @@ def equal_minutes() -> str:
     return "\n".join(lines) + "\n"
 
 
-MEASURED = ("layer", "network", "volume", "size", "scan", "predict", "efficiency")
+MEASURED = (
+    *("layer", "network", "volume", "size", "scan", "predict", "feeding"),
+    "efficiency",
+)
 
 
 DOUBT = {
