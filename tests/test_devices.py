@@ -14,6 +14,7 @@ from segmamba.devices import (
     available_devices,
     precision_for,
     resolve_device,
+    wake,
 )
 from segmamba.errors import BackendUnavailableError, ConfigError
 
@@ -88,6 +89,26 @@ def test_peak_memory_is_the_most_that_was_ever_held():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "no such device", "cuda:99"])
+def test_waking_leaves_errors_to_those_who_use_the_device(device):
+    thread = wake(device)
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_waking_sets_up_a_gpu():
+    code = (
+        "import torch\n"
+        "from segmamba.devices import wake\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "wake('auto').join()\n"
+        "print(torch.cuda.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_numbers_arrive():

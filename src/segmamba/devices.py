@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Literal, cast
 
@@ -58,6 +59,31 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise _unknown(device)
     _require(resolved)
     return resolved
+
+
+def wake(device: str) -> threading.Thread:
+    """Begin to set up a GPU, which takes about a second, while other work goes on.
+
+    Args:
+        device: As for `resolve_device`. What can't be used here is reported where it
+            is used.
+
+    Returns:
+        What sets up context and libraries; needn't be waited for.
+    """
+    thread = threading.Thread(target=_set_up, args=(device,), name="wake")
+    thread.start()
+    return thread
+
+
+def _set_up(device: str) -> None:
+    with contextlib.suppress(Exception):
+        place = resolve_device(device)
+        if place.type == "cuda":
+            image = torch.zeros(1, 8, 4, 4, 4, device=place, dtype=torch.float16)
+            kernel = image.new_zeros(8, 8, 3, 3, 3)
+            torch.nn.functional.conv3d(image, kernel)  # loads cuDNN
+            torch.mm(kernel[0, 0, 0], kernel[0, 0, 0])  # and cuBLAS
 
 
 def precision_for(device: torch.device, precision: str = "auto") -> Precision:

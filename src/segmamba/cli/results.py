@@ -66,6 +66,9 @@ class Predict:
 
     def run(self) -> int:
         """Predict; exit code 1 if any case failed."""
+        from segmamba.devices import wake
+
+        wake(self.device)  # while the rest is imported and the model is read
         from segmamba import workflow
         from segmamba.inference.dicom_study import SegOutput
         from segmamba.io.dicom_segments import load_descriptions
