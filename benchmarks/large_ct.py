@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from segmamba import manifest
+from segmamba.benchmark.environment import environment
 from segmamba.config import NetworkConfig
 from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan
@@ -31,6 +32,8 @@ from segmamba.inference import Predictor, attempts, predict_cases
 from segmamba.types import Size3, Spacing3
 
 MIB = 2**20
+MOST_MIB = 6 * 1024
+"""What a whole CT may take: the process with all that it imports."""
 CT_SPACING_MM = (0.8, 0.8, 1.0)
 
 
@@ -114,6 +117,8 @@ def measure(job: Job) -> dict[str, Any]:
     bound = job.bound_mib()
     return {
         "what": "peak resident memory of predicting a CT made by code on a CPU",
+        "command": "python benchmarks/large_ct.py " + " ".join(sys.argv[1:]),
+        "environment": environment(torch.device("cpu")),
         "spacing_mm": CT_SPACING_MM,
         "network_spacing_mm": job.spacing_mm,
         **{name: getattr(job, name) for name in ("size", "classes", "patch")},
@@ -123,10 +128,8 @@ def measure(job: Job) -> dict[str, Any]:
         "before_mib": before,
         "peak_mib": manifest.peak_memory(None)["process"],
         "bound_mib": bound,
-        "peak_allowed_mib": round(before + sum(bound.values()), 1),
+        "peak_allowed_mib": min(MOST_MIB, round(before + sum(bound.values()), 1)),
         "whole_sums_mib": round(job.whole_sums / MIB, 1),
-        "versions": manifest.versions(),
-        "machine": manifest.machine(torch.device("cpu")),
     }
 
 
