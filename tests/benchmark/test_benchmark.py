@@ -191,6 +191,29 @@ def test_rows_that_break_are_kept_and_reported() -> None:
     assert states == ["out of memory", "failed", "failed"]
 
 
+def test_a_cpu_that_lacks_memory_is_no_failure() -> None:
+    record = Record("test", QUICK)
+    row = record.time("segmamba", "a", "forward", lambda: torch.empty(10**14))
+    assert row["status"] == "out of memory"
+    assert "400000000000000 bytes" in row["note"]
+    assert record.failures == []
+
+
+def test_memory_on_a_cpu_is_what_tensors_held() -> None:
+    def make() -> timing.Run:
+        weight = torch.ones(2**18)  # 1 MiB
+
+        def run() -> torch.Tensor:
+            first = weight + 1
+            del first
+            return (weight + 1) * (weight + 2)
+
+        return run
+
+    figures = timing.measure(make, torch.device("cpu"), 0.01, 0)
+    assert (figures["peak_mib"], figures["peak_above_mib"]) == (4, 3)
+
+
 def test_extension_alone_gives_the_reference_gradients(monkeypatch) -> None:
     """mamba_ssm's extension, played by our reference, goes through our wrapper."""
     monkeypatch.setattr(scan.ExtensionScan, "extension", PlayedExtension)
@@ -237,6 +260,9 @@ def test_efficiency_counts_and_says_what_is_global() -> None:
         assert by_mixer[name]["tokens_seen"] == by_mixer[name]["sequence"] == 512
     assert len({row["multiply_adds"] for row in by_mixer.values()}) == 4
     assert all(row["parameters"] > 1000 for row in by_mixer.values())
+    for train, infer in zip(rows[::2], rows[1::2], strict=True):
+        weights = 4 * train["parameters"] / 2**20
+        assert train["peak_mib"] > infer["peak_mib"] > weights
 
 
 def test_predict_times_the_whole_and_its_parts() -> None:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from segmamba.atomic import write_json
 from segmamba.benchmark.environment import environment, first_line
 from segmamba.benchmark.settings import BenchmarkSettings
 from segmamba.benchmark.timing import Run, allocated, measure
+from segmamba.devices import is_out_of_memory
 from segmamba.types import JsonDict
 
 OURS = "segmamba"
@@ -143,11 +142,11 @@ class Record:
         try:
             baseline = allocated(self.device)
             seconds = self.settings.seconds
-            figures = measure(make(), self.device, seconds, baseline)
-        except torch.OutOfMemoryError as error:
-            figures = {"status": "out of memory", "note": first_line(error)}
+            figures = measure(make, self.device, seconds, baseline)
         except Exception as error:  # the other rows must not suffer from it
-            figures = {"status": "failed", "note": first_line(error)}
+            lacks = is_out_of_memory(error)
+            status = "out of memory" if lacks else "failed"
+            figures = {"status": status, "note": first_line(error)}
         return self.add(subject, case, mode, **facts, **figures)
 
     def add(self, subject: str, case: str, mode: str, **figures: Any) -> JsonDict:

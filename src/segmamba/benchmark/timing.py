@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from segmamba.nn.footprint import LiveBytes
 from segmamba.types import JsonDict
 
 Run = Callable[[], object]
@@ -25,11 +26,13 @@ SLOW_MS = 2000.0
 """A call that takes longer is timed three times only."""
 
 
-def measure(run: Run, device: torch.device, seconds: float, baseline: int) -> JsonDict:
-    """Time a call, and on a GPU take its peak memory.
+def measure(
+    make: Callable[[], Run], device: torch.device, seconds: float, baseline: int
+) -> JsonDict:
+    """Time a call and take its peak memory.
 
     Args:
-        run: The call; its result is dropped at once.
+        make: Builds what is needed and gives the call, whose result is dropped at once.
         device: Where it computes.
         seconds: Time for all rounds together; there are 5 to 200 of them, or 3 of a
             call that takes seconds.
@@ -39,11 +42,10 @@ def measure(run: Run, device: torch.device, seconds: float, baseline: int) -> Js
     Returns:
         `median_ms`, `quartiles_ms`, `min_ms`, `max_ms`, `rounds`; `peak_mib`, the most
         that parameters, inputs and the call held together, and `peak_above_mib`, the
-        part above what was held before the call (both null on a CPU).
+        part above what was held before the call. On a CPU these are counted: the bytes
+        of all tensors that operators made and nobody had freed.
     """
-    for _ in range(WARM_UP if device.type == "cuda" else 1):
-        run()
-    memory = _peak(run, device, baseline)
+    run, memory = _on_gpu(make, device, baseline) if _is_gpu(device) else _counted(make)
     timer = _cuda_ms if device.type == "cuda" else _cpu_ms
     estimate = max(timer(run, 1)[0], 1e-3)
     least = 3 if estimate > SLOW_MS else MIN_ROUNDS
@@ -104,18 +106,37 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(run: Run, device: torch.device, baseline: int) -> JsonDict:
-    if device.type != "cuda":
-        return {"peak_mib": None, "peak_above_mib": None}
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _on_gpu(
+    make: Callable[[], Run], device: torch.device, baseline: int
+) -> tuple[Run, JsonDict]:
+    run = make()
+    for _ in range(WARM_UP):
+        run()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
+    return run, _in_mib(peak - baseline, peak - before)
+
+
+def _counted(make: Callable[[], Run]) -> tuple[Run, JsonDict]:
+    with LiveBytes() as live:
+        run = make()
+        before = live.now
+        run()
+    return run, _in_mib(live.peak, live.peak - before)
+
+
+def _in_mib(peak: int, above: int) -> JsonDict:
     return {
-        "peak_mib": round((peak - baseline) / 2**20, 1),
-        "peak_above_mib": round((peak - before) / 2**20, 1),
+        "peak_mib": round(peak / 2**20, 1),
+        "peak_above_mib": round(above / 2**20, 1),
     }
 
 
