@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -32,6 +33,7 @@ from segmamba.benchmark import (
     table_row,
     timing,
 )
+from segmamba.benchmark.efficiency import TABLE_HEADER, efficiency_table
 from segmamba.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -251,7 +253,15 @@ class PlayedExtension:
 
 
 def test_efficiency_counts_and_says_what_is_global() -> None:
-    rows = quick_record("efficiency").data["measurements"]
+    data = copy.deepcopy(quick_record("efficiency").data)
+    rows = data["measurements"]
+    assert "for the scan" in data["multiply_adds"]
+    rows[4]["status"] = "out of memory"
+    del rows[4]["median_ms"]
+    table = efficiency_table(data)
+    assert {len(row) for row in table} == {len(TABLE_HEADER)}
+    assert [row[2] for row in table] == ["343", "343", "all (global)", "all (global)"]
+    assert table[2][5:7] == ("out of memory", "-")
     by_mixer = {row["mixer"]: row for row in rows}
     assert by_mixer["large-kernel"]["tokens_seen"] == 343
     assert by_mixer["window-attention"]["tokens_seen"] == 343

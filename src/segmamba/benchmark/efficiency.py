@@ -17,6 +17,14 @@ from segmamba.benchmark.timing import Run
 from segmamba.nn import count_parameters, multiply_adds
 from segmamba.types import JsonDict
 
+HOW_COUNTED = (
+    "of one forward pass: convolutions, matrix products and attention by torch's "
+    "FlopCounterMode, halved; for each direction, token and inner channel of a ToM the "
+    "taps of its convolution, the projections to and of step size, B and C, and four a "
+    "state and two more for the scan. Norms, activations and sums are left out"
+)
+"""What the record says of multiply-adds; `segmamba.nn.counting` does it."""
+
 SIDES = {"cuda": 128}
 OTHER_SIDE, QUICK_SIDE = 64, 16
 """Side of the volume: the paper's on a GPU, half of it elsewhere."""
@@ -52,9 +60,46 @@ def benchmark_efficiency(record: Record) -> None:
             of its tokens a token sees in one layer and whether these are all,
             parameters, and multiply-adds of the forward pass.
     """
+    record.data["multiply_adds"] = HOW_COUNTED
     for name, mixer in MIXERS.items():
         if check_network(record, training=True, name=mixer.title, mixer=name):
             _time(record, name, mixer)
+
+
+TABLE_HEADER = ("mixer", "tokens", "a token sees", "parameters", "multiply-adds")
+TABLE_HEADER += ("training ms", "MiB", "inference ms", "MiB")
+"""Columns of `efficiency_table`."""
+
+
+def efficiency_table(data: JsonDict) -> list[tuple[str, ...]]:
+    """Lay out a record as the paper's table, a row for each mixer.
+
+    Args:
+        data: What `benchmark_efficiency` recorded.
+
+    Returns:
+        Text under `TABLE_HEADER`; a step that has no figures says why.
+    """
+    by_mixer: dict[str, list[JsonDict]] = {}
+    for row in data["measurements"]:
+        by_mixer.setdefault(row["mixer"], []).append(row)
+    return [
+        (
+            MIXERS[name].title,
+            str(rows[0]["sequence"]),
+            "all (global)" if rows[0]["global"] else str(rows[0]["tokens_seen"]),
+            f"{rows[0]['parameters'] / 1e6:.2f} M",
+            f"{rows[0]['multiply_adds'] / 1e9:.3g} G",
+            *(cell for row in rows for cell in _cost(row)),
+        )
+        for name, rows in by_mixer.items()
+    ]
+
+
+def _cost(row: JsonDict) -> tuple[str, str]:
+    if "median_ms" not in row:
+        return row["status"], "-"
+    return f"{row['median_ms']:.1f}", f"{row['peak_mib']:.0f}"
 
 
 def _time(record: Record, name: str, mixer: Mixer) -> None:

@@ -130,6 +130,11 @@ class Benchmark:
         record = run_benchmark(self.name, settings, out=self.out, say=say)
         rows = map(table_row, record.data["measurements"])
         print_table(record.data["what"], HEADER, rows)
+        if self.name == "efficiency":
+            from segmamba.benchmark.efficiency import TABLE_HEADER, efficiency_table
+
+            print_table("side by side", TABLE_HEADER, efficiency_table(record.data))
+            say(f"Multiply-adds {record.data['multiply_adds']}.")
         for row in record.data["measurements"]:
             if "patches_per_s" in row:
                 say(describe_pace(row))
