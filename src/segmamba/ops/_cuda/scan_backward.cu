@@ -71,7 +71,7 @@ struct Square {
     int lane, s, c, first;  // the warp's first channel
 
     INLINE Square(int at) {
-        lane = threadIdx.x % 32, first = at;
+        lane = anew(threadIdx.x % 32), first = at;
         s = lane & 1 | lane >> 1 & 2;
         c = lane >> 1 & 1 | lane >> 2 & 6;
     }
@@ -214,6 +214,21 @@ INLINE void return_steps(Walk &w, const Shared &m, Own &own, const Square &q, in
     store4(&own.left[g][4 * q.lane + 128], across[0] + 4);
 }
 
+// A part forward and back.
+INLINE void walk(Walk &w, const Shared &m, Own &own, const Square &q) {
+#pragma unroll 1
+    for (int g = 0; g < GROUPS - 1; g++) {
+        leave(w, own, q, g);
+        do_steps(w, m, own, q, g);
+    }
+#pragma unroll 1
+    for (int g = GROUPS - 1; g >= 0; g--) {
+        if (g < GROUPS - 1) take_up(w, own, q, g);
+        return_steps(w, m, own, q, g);
+    }
+    __syncwarp();
+}
+
 // --- a thread's steps and channels in global memory -------------------------------------
 
 #if !defined(KIND) || KIND == 0
@@ -232,29 +247,21 @@ struct Tile {
     int at, inside, channel;  // first step; first channel in the warp, of all
     bool idle, there;         // there are too few steps for all lanes; the channels exist
     int first, steps;         // of the part
-    int place;                // of the lane's own step, where its row in grad begins
-    float sums[8 / GROUPS];   // gradients for D or the bias, of a share of the channels
 
-    INLINE Tile(int begin, int E) {
-        unsigned lane = threadIdx.x % 32;
+    INLINE Tile(int begin, int slot, const Data &d) {
+        unsigned lane = anew(threadIdx.x % 32);
         at = lane % GROUPS * 4, inside = lane / GROUPS % 4 * 4;
-        idle = lane / GROUPS >= 4, there = !idle && begin + inside < E;
+        idle = lane / GROUPS >= 4, there = !idle && begin + inside < d.E;
         channel = there ? begin + inside : 0;
-#pragma unroll
-        for (int i = 0; i < 8 / GROUPS; i++) sums[i] = 0.0f;
-    }
-
-    // Go to a part.
-    INLINE void go(const Order &order, int begin, int E) {
-        first = begin, steps = min(PART, order.L - begin);
-        place = order.token(first + threadIdx.x % 32) * E;
+        first = slot * PART, steps = min(PART, d.L - first);
     }
 
     INLINE int step(int i) const { return min(at + i, steps - 1); }
 
-    // Four steps of u's rows by position, and of the gradient's by token. The latter's are
-    // zero where nothing exists; so are then adjoints, and all gradients.
-    INLINE void load(Quad *u, Quad *dy, const Data &d) const {
+    // Four steps of u's rows by position, and of the gradient's by token: `place` is where
+    // that of the lane's own step begins. The latter's are zero where nothing exists; so
+    // are then adjoints, and all gradients.
+    INLINE void load(Quad *u, Quad *dy, int place, const Data &d) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const element *row = d.u + ((first + step(i)) * d.E + channel);
@@ -335,12 +342,23 @@ INLINE void stage_rows(Own &own, const Tile &tile, const Quad *u, const Quad *gr
     }
 }
 
+// A part's data, for all warps.
+INLINE void stage(Shared &m, Own &own, float *code_s, const Tile &tile, int place,
+                  const Data &d) {
+    Quad u[4], dy[4];
+    tile.load(u, dy, place, d);
+    stage_matrices(m, code_s, d, tile);
+    __syncthreads();
+    stage_rows(own, tile, u, dy, code_s, d);
+    __syncwarp();
+}
+
 // Gradients of u and of the step sizes before softplus; sums for D and the bias.
-INLINE void store_rows(Tile &tile, const Own &own, const Data &d) {
+INLINE void store_rows(float *totals, const Tile &tile, int place, const Own &own,
+                       const Data &d) {
     Quad far_u[4], far_dy[4];
     float u[4][4], dy[4][4], sums[8] = {};
-    tile.at = anew(tile.at);
-    tile.load(far_u, far_dy, d);
+    tile.load(far_u, far_dy, place, d);
 #pragma unroll
     for (int i = 0; i < 4; i++) open(far_u[i], u[i]), open(far_dy[i], dy[i]);
 #pragma unroll
@@ -372,7 +390,7 @@ INLINE void store_rows(Tile &tile, const Own &own, const Data &d) {
     fold<4>(sums, 2);
     if (GROUPS == 8) fold<2>(sums, 4);
 #pragma unroll
-    for (int i = 0; i < 8 / GROUPS; i++) tile.sums[i] += sums[i];
+    for (int i = 0; i < 8 / GROUPS; i++) totals[i] += sums[i];
 }
 
 // Gradients of B and C, summed over the block's channels. A thread sums four steps of a
@@ -407,14 +425,16 @@ INLINE void finish_states(const Data &d, const Shared &m, const Tile &tile) {
 }
 
 // Sums over all parts: for A of states, for D and the bias of channels.
-INLINE void store_sums(float *to, const Walk &w, const Square &q, const Tile &tile, int E) {
-    store_square(to, w.of_rate, q, E);
+INLINE void store_sums(float *to, const Walk &w, const float *totals, const Square &q,
+                       const Data &d) {
+    store_square(to, w.of_rate, q, d.E);
+    Tile tile(q.first, 0, d);
     if (!tile.there) return;
     int kind = q.lane % 2, channel = tile.channel + q.lane / 2 % 2 * 2;
     if (GROUPS == 8) channel += q.lane / 4 % 2;
 #pragma unroll
     for (int i = 0; i < 8 / GROUPS; i++) {
-        to[(STATES + kind) * E + channel + i] = tile.sums[i];
+        to[(STATES + kind) * d.E + channel + i] = totals[i];
     }
 }
 
@@ -438,8 +458,6 @@ scan_gradients(const element *grad, const element *u, const element *code,
     float *code_s = reinterpret_cast<float *>(memory + sizeof(Shared));
     Own &own = m.own[threadIdx.x / 32];
     int first = (blockIdx.y * WARPS + threadIdx.x / 32) * CHANNELS;
-    Square q(first);
-    Tile tile(first, E);
     Place p = place_of(blockIdx.x, L, batch, E);
     Order order(orders, p.direction, L);
     long long row = (long long)p.row * L;
@@ -457,37 +475,25 @@ scan_gradients(const element *grad, const element *u, const element *code,
     d.L = L, d.E = E, d.rank = rank, d.code_stride = code_stride, d.b_stride = b_stride;
     d.c_stride = c_stride, d.step_stride = step_stride, d.bc_stride = bc_stride;
     Walk w;
-    load_square(w.rate, a + (long long)p.direction * STATES * E, q, E);
+    float totals[8 / GROUPS] = {};  // gradients for D or the bias, of some channels
+    load_square(w.rate, a + (long long)p.direction * STATES * E, Square(first), E);
 #pragma unroll
     for (int j = 0; j < 4; j++) w.of_rate[0][j] = w.of_rate[1][j] = 0.0f;
     for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-        load_square(w.adjoint, adjoints + slot_of(p, chunk, chunks, E), q, E);
+        load_square(w.adjoint, adjoints + slot_of(p, chunk, chunks, E), Square(first), E);
         int slot = min((chunk + 1) * PARTS, (L + PART - 1) / PART) - 1;
         for (; slot >= chunk * PARTS; slot--) {
-            tile.go(order, slot * PART, E);
-            Quad far_u[4], far_dy[4];
-            tile.load(far_u, far_dy, d);
+            int place = order.token(slot * PART + threadIdx.x % 32) * E;
+            Square q(first);
             load_square(w.state, kept + slot_of(p, slot, chunks * PARTS, E), q, E);
-            stage_matrices(m, code_s, d, tile);
-            __syncthreads();
-            stage_rows(own, tile, far_u, far_dy, code_s, d);
-            __syncwarp();
-#pragma unroll 1
-            for (int g = 0; g < GROUPS - 1; g++) {
-                leave(w, own, q, g);
-                do_steps(w, m, own, q, g);
-            }
-#pragma unroll 1
-            for (int g = GROUPS - 1; g >= 0; g--) {
-                if (g < GROUPS - 1) take_up(w, own, q, g);
-                return_steps(w, m, own, q, g);
-            }
-            __syncwarp();
-            store_rows(tile, own, d);
+            stage(m, own, code_s, Tile(first, slot, d), place, d);
+            walk(w, m, own, q);
+            Tile tile(first, slot, d);
+            store_rows(totals, tile, place, own, d);
             __syncthreads();
             finish_states(d, m, tile);
         }
     }
     partial += ((long long)blockIdx.x * gridDim.z + p.row) * (STATES + 2) * E;
-    store_sums(partial, w, q, tile, E);
+    store_sums(partial, w, totals, Square(first), d);
 }
