@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py --inputs 110000 -o benchmarks/results/fuzz.json
 
 With `--guided SECONDS`, and atheris installed, each reader is fuzzed for so long again,
-led by the coverage of the code.
+led by the coverage of segmamba, nibabel, pydicom and yaml.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from target import LARGEST
 from targets import NAMES, make_targets
 
 from segmamba.atomic import write_json
-from segmamba.benchmark.environment import environment
+from segmamba.benchmark.environment import environment, package_version
 
 
 @dataclass
@@ -133,6 +133,7 @@ def main() -> None:
         (Path(folder) / "seeds").mkdir()
         record["blind"] = blind(options, Path(folder))
         if options.guided:
+            record["led_by"] = f"atheris {package_version('atheris')}"
             record["guided"] = guided(options, Path(folder))
     rows = [*record["blind"].values(), *record.get("guided", {}).values()]
     record["inputs"] = sum(row["inputs"] for row in rows)

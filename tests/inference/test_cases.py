@@ -112,8 +112,8 @@ def test_a_rerun_does_only_what_is_missing(folder, tmp_path):
     predict_cases(make_predictor(network), folder, out)
     assert network.calls == 3
     (out / "c.nii.gz").unlink()
-    half = (out / "d.nii.gz").read_bytes()[:30]
-    (out / "d.nii.gz").write_bytes(half)  # as another program may leave it
+    most = (out / "d.nii.gz").read_bytes()[:-3]
+    (out / "d.nii.gz").write_bytes(most)  # as a power cut may leave it
     nib.save(nib.Nifti1Image(scan(9), np.eye(4)), folder / "b.nii.gz")  # repaired
     before = (out / "a.nii.gz").stat().st_mtime_ns
     summary = predict_cases(make_predictor(network), folder, out)
@@ -126,6 +126,18 @@ def test_a_rerun_does_only_what_is_missing(folder, tmp_path):
     again = predict_cases(make_predictor(network), folder, out, overwrite=True)
     assert len(again.done) == 4
     assert network.calls == 10
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_manifest_that_is_cut_off_is_begun_anew(folder, tmp_path, caplog, share):
+    out = tmp_path / "out"
+    predict_cases(make_predictor(), folder, out)
+    whole = (out / "manifest.json").read_bytes()
+    (out / "manifest.json").write_bytes(whole[: int(share * len(whole))])
+    assert predict_cases(make_predictor(), folder, out).skipped == ("a", "c", "d")
+    assert "manifest.json" in caplog.text
+    record = json.loads((out / "manifest.json").read_text())
+    assert sorted(record["cases"]) == ["a", "b", "c", "d"]
 
 
 def test_a_scan_of_another_size_is_predicted_anew(folder, tmp_path):

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from kills import Killer, digests, killer, moments
 
+from segmamba import workflow
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 
 
@@ -44,4 +46,17 @@ def test_a_plan_that_was_killed_is_made_again(tmp_path: Path, kill: Killer) -> N
     for seconds in moments(5, 0.3):
         kill.run([*words, str(tmp_path / "cut")], seconds)
     kill.run([*words, str(tmp_path / "cut")])
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "fingerprint.json", "plan.json"])
+def test_what_a_power_cut_left_of_a_plan_is_made_again(
+    project: Path, tmp_path: Path, name: str
+) -> None:
+    settings = project / "settings.yaml"
+    for folder in ("whole", "cut"):
+        workflow.plan(project / "data", tmp_path / folder, config=settings)
+    path = tmp_path / "cut" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    workflow.plan(project / "data", tmp_path / "cut", config=settings)
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")

@@ -12,7 +12,7 @@ from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.find import InputCase
 from segmamba.inference.prediction import Prediction
 from segmamba.inference.uncertainty import MAPS
-from segmamba.io import read_header, strip_suffix
+from segmamba.io import is_whole, read_header, strip_suffix
 from segmamba.types import JsonDict
 
 SUFFIX = ".nii.gz"
@@ -126,7 +126,7 @@ class Extras:
         maps += [files.map("probabilities")] if self.probabilities else []
         maps += [files.map(kind) for kind in MAPS] if self.uncertainty else []
         others = [files.dicom(output) for output in self.dicom]
-        if not all(path.is_file() for path in (*maps, *others)):
+        if not all(is_whole(path) for path in (*maps, *others)):
             return False
         try:
             first = case.series[0] if case.series else read_header(case.images[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from segmamba.inference.predictor import Predictor
 from segmamba.io import DicomSeries
 from segmamba.manifest import Session, file_record, files_record
 from segmamba.types import Array, JsonDict
+
+_log = logging.getLogger(__name__)
 
 _COMPARED = ("model", "options", "names")
 """What all predictions of a folder must have in common."""
@@ -87,11 +90,11 @@ class PredictionRecord:
 
         Raises:
             ConfigError: The manifest is of another model or of other options.
-            FormatError: It can't be read or written.
+            FormatError: It can't be written.
         """
         record = cls(path, predictor, session, wanted)
-        if path.is_file() and not overwrite:
-            old = read_json(path)
+        old = None if overwrite else _old_manifest(path)
+        if old is not None:
             record._require_same(old)
             record.cases.update(old.get("cases", {}))
         record.write()
@@ -168,6 +171,19 @@ class PredictionRecord:
                     remedy="Use another folder, or --overwrite.",
                 )
             )
+
+
+def _old_manifest(path: Path) -> JsonDict | None:
+    """Read the manifest that is there; one that is cut off counts as missing."""
+    if not path.is_file():
+        return None
+    try:
+        old = read_json(path)
+        return old if isinstance(old, dict) else None
+    except FormatError as error:
+        text = "a manifest is lost, and a new one is begun; finished cases are kept: %s"
+        _log.warning(text, error)
+        return None
 
 
 def describe_inputs(case: InputCase) -> JsonDict:

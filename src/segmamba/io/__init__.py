@@ -22,6 +22,7 @@ from segmamba.io.scan import (
     read_volume,
 )
 from segmamba.io.volume import Volume
+from segmamba.io.whole import is_whole
 
 __all__ = [
     "SCAN_SUFFIXES",
@@ -36,6 +37,7 @@ __all__ = [
     "holds_dicom",
     "is_archive",
     "is_scan",
+    "is_whole",
     "list_series",
     "make_segments",
     "read_case",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from segmamba.workflow.folder import (
     load_settings,
     staged,
 )
+
+_log = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 5
 """Problems that an error text lists before it points to `segmamba check`."""
@@ -128,12 +131,8 @@ def measure(
         FormatError: The data set has errors.
     """
     dataset = load_dataset(data)
-    if run.fingerprint.exists() and _same_dataset(dataset, run):
-        fingerprint = from_dict(
-            Fingerprint,
-            atomic.read_json(run.fingerprint),
-            source=str(run.fingerprint),
-        )
+    fingerprint = _kept_fingerprint(dataset, run)
+    if fingerprint is not None:
         return dataset, fingerprint
     _require_sound(check(dataset, progress=progress), data)
     fingerprint = make_fingerprint(dataset, progress=staged(progress, "measuring"))
@@ -142,10 +141,26 @@ def measure(
     return dataset, fingerprint
 
 
+def _kept_fingerprint(dataset: Dataset, run: RunFolder) -> Fingerprint | None:
+    """Give what was measured on the same cases; None if it must be measured again."""
+    if not run.fingerprint.exists() or not _same_dataset(dataset, run):
+        return None
+    try:
+        data = atomic.read_json(run.fingerprint)
+    except FormatError as error:
+        _log.warning("the data are measured again: %s", error)
+        return None
+    return from_dict(Fingerprint, data, source=str(run.fingerprint))
+
+
 def _same_dataset(dataset: Dataset, run: RunFolder) -> bool:
     if not run.dataset.exists():
         return False
-    return dataset_from_dict(atomic.read_json(run.dataset)) == dataset
+    try:
+        return dataset_from_dict(atomic.read_json(run.dataset)) == dataset
+    except FormatError as error:
+        _log.warning("the data are measured again: %s", error)
+        return False
 
 
 def _require_sound(report: CheckReport, data: Path | str) -> None:
