@@ -57,6 +57,7 @@ def models():
 def comparison(models):
     result = compare_scores(models, resamples=200)
     numbers = {"parameters": 1_986_259, "ms_per_step": 245.02, "peak_memory_mib": None}
+    numbers |= {"steps": 4900, "device": "H100"}
     nothing = dict.fromkeys([*numbers, "training_s"])
     result["cost"] = [
         {"model": "light", **numbers, "training_s": 1200.3},
@@ -215,11 +216,15 @@ def test_cost_by_hand(tmp_path):
             lines.append(json.dumps(line) + "\n")
         (folder / "log.jsonl").write_text("".join(lines))
         save_file(weights, folder / "model.safetensors", {"segmamba": "{}"})
+        machine = {"processor": "Slow 1", "gpu": "Fast 2" if fold else None}
+        (folder / "manifest.json").write_text(json.dumps({"machine": machine}))
     expected = {
         "parameters": 18,
         "ms_per_step": 350.0,
         "peak_memory_mib": 301,
+        "steps": 60,
         "training_s": 32.0,
+        "device": "Slow 1",
     }
     assert model_cost(files) == expected
     assert model_cost([tmp_path / "metrics.json"]) == expected
@@ -232,3 +237,5 @@ def test_cost_that_is_not_known_is_none(tmp_path):
     assert count_parameters(tmp_path / "model.safetensors") is None
     assert step_times_ms([{"epoch": 1, "step": 4, "seconds": 2.0}]) == [500.0]
     assert step_times_ms([{"epoch": 1, "step": 4}, {"epoch": 2, "step": 4}]) == []
+    (tmp_path / "manifest.json").write_text('{"machine": null}')
+    assert model_cost([tmp_path / "metrics.json"])["device"] is None

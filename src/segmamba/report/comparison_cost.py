@@ -14,6 +14,7 @@ from segmamba.types import JsonDict
 
 MODEL_FILE = "model.safetensors"
 LOG_FILE = "log.jsonl"
+MANIFEST_FILE = "manifest.json"
 
 
 def model_cost(files: Sequence[Path]) -> JsonDict:
@@ -25,8 +26,9 @@ def model_cost(files: Sequence[Path]) -> JsonDict:
     Returns:
         "parameters" (of the first fold with weights), "ms_per_step" (median over the
         folds' epochs, the first epoch apart, validation not counted),
-        "peak_memory_mib" (largest in the logs) and "training_s" (all folds together);
-        None for what isn't there.
+        "peak_memory_mib" (largest in the logs), "steps" and "training_s" (all folds
+        together) and "device" (GPU or processor that trained); None for what isn't
+        there.
     """
     folders = [folder for file in files for folder in _training_folders(file)]
     logs = [read_log(folder / LOG_FILE) for folder in folders]
@@ -35,12 +37,17 @@ def model_cost(files: Sequence[Path]) -> JsonDict:
     known = [peak for peak in peaks if isinstance(peak, (int, float))]
     spent = [log[-1].get("elapsed_s") for log in logs if log]
     whole = [s for s in spent if isinstance(s, (int, float))]
+    steps = [log[-1].get("step") for log in logs if log]
+    known_steps = [n for n in steps if isinstance(n, int)]
     counts = (count_parameters(folder / MODEL_FILE) for folder in folders)
+    devices = (_device(folder / MANIFEST_FILE) for folder in folders)
     return {
         "parameters": next((count for count in counts if count is not None), None),
         "ms_per_step": statistics.median(times) if times else None,
         "peak_memory_mib": max(known) if known else None,
+        "steps": sum(known_steps) if len(known_steps) == len(folders) else None,
         "training_s": sum(whole) if len(whole) == len(folders) else None,
+        "device": next((name for name in devices if name is not None), None),
     }
 
 
@@ -51,6 +58,16 @@ def _training_folders(file: Path) -> list[Path]:
     if (file.parent / LOG_FILE).exists():
         return [file.parent]
     return numbered or folds or [file.parent]
+
+
+def _device(file: Path) -> str | None:
+    """Read where a training ran; None if its manifest doesn't say."""
+    try:
+        machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
+        name = machine["gpu"] or machine["processor"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def step_times_ms(log: Sequence[JsonDict]) -> list[float]:

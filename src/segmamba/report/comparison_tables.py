@@ -173,15 +173,20 @@ def _costs(comparison: JsonDict) -> Table | None:
         "parameters": ("parameters", lambda v: f"{v / 1e6:.2f} M"),
         "ms_per_step": ("ms a step", lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}"),
         "peak_memory_mib": ("peak memory MiB", lambda v: f"{v:.0f}"),
+        "steps": ("steps", str),
         "training_s": ("training min", lambda v: f"{v / 60:.1f}"),
+        "device": ("device", str),
     }
-    known = [key for key in columns if any(row[key] is not None for row in cost)]
+    known = [key for key in columns if any(row.get(key) is not None for row in cost)]
     if not known:
         return None
     rows = [
         (
             row["model"],
-            *("-" if row[key] is None else columns[key][1](row[key]) for key in known),
+            *(
+                "-" if row.get(key) is None else columns[key][1](row[key])
+                for key in known
+            ),
         )
         for row in cost
     ]
