@@ -26,14 +26,16 @@ from kills import Killer, digests, killer, moments
 from conftest import SETTINGS, make_dataset
 from segmamba.atomic import write_json
 from segmamba.benchmark.environment import environment
-from segmamba.checkpoint import load_model_file
+from segmamba.checkpoint import load_checkpoint, load_model_file
 
 OPTIONS = ["--config", "settings.yaml", "--device", "cpu", "--resume"]
 JOBS = {
     "preprocessing": ["train", "many", *OPTIONS],
     "training": ["train", "few", *OPTIONS],
-    "prediction": ["predict", "whole-training", "few", "--no-mirror"],
+    "prediction": ["predict", "whole-training", "many", "--no-mirror"],
 }
+SAVE_EVERY_S = 0.05
+"""Between states of a training: most kills must find one to go on from."""
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -50,20 +52,34 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
+def progress(job: str, folder: Path) -> int:
+    """Tell how far a job came: cases preprocessed or predicted, or steps trained."""
+    if job == "preprocessing":
+        return len(list(folder.glob("cache/case_*.json")))
+    if job == "prediction":
+        return len(list(folder.glob("case_*.nii.gz")))
+    states = sorted(folder.glob("fold_0/checkpoint*.safetensors"))
+    return max(
+        (load_checkpoint(path)[1]["state"]["step"] for path in states), default=0
+    )
+
+
 def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
     """Kill a command until the number is reached, anew each time that it ends."""
     words, whole = JOBS[job], folder / f"whole-{job}"
     began, begin = time.time(), time.monotonic()
     kill.run([*words, "-o", str(whole)])
-    longest, expected = 0.5 * (time.monotonic() - begin), results(whole)
+    longest, expected = 0.9 * (time.monotonic() - begin), results(whole)
     if job == "preprocessing":  # it is over with the cache's index
         longest = (whole / "cache" / "cache.json").stat().st_mtime - began
     counts = {"kills": 0, "ends": 0, "different_ends": 0, "left_over": 0}
+    reached: list[int] = []
     for seconds in moments(10 * kills, longest):
         last = counts["kills"] >= kills
         output = folder / f"{job}-{counts['ends']}"
         if kill.run([*words, "-o", str(output)], None if last else seconds):
             counts["kills"] += 1
+            reached.append(progress(job, output))
             continue
         counts["ends"] += 1
         counts["different_ends"] += results(output) != expected
@@ -72,7 +88,8 @@ def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
         print(job, counts, flush=True)
         if last:
             break
-    return {"longest_s": round(longest, 2), **counts}
+    whole_way = {"whole": progress(job, whole), "reached": reached}
+    return {"longest_s": round(longest, 2), **counts, **whole_way}
 
 
 def main() -> None:
@@ -89,6 +106,7 @@ def main() -> None:
         make_dataset(folder / "few")
         make_dataset(folder / "many", cases=30)
         train = {**SETTINGS["train"], "augmentation": {"enabled": False}}
+        train |= {"save_every_s": SAVE_EVERY_S, "max_epochs": 5}
         text = yaml.safe_dump({**SETTINGS, "train": train})
         (folder / "settings.yaml").write_text(text)
         with killer(folder) as kill:
