@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,27 @@ def gpu_brief() -> str:
     return "\n".join(lines) + "\n"
 
 
+def efficiency() -> str:
+    """The paper's efficiency table, a row for each mixer, and how it was counted."""
+    if not (RESULTS / "gpu_efficiency.json").exists():
+        return "Not measured yet.\n"
+    from segmamba.benchmark.efficiency import TABLE_HEADER, efficiency_table
+
+    data = load("gpu_efficiency")
+    head = (
+        f"{data['device']}, {data['dtype']}, PyTorch {data['versions']['torch']}, "
+        f"commit {data['commit'] or 'not recorded'}; one volume of 4 x "
+        f"{data['measurements'][0]['shape'][-1]}³.\n"
+    )
+    lines = markdown(TABLE_HEADER, efficiency_table(data))
+    return "\n".join([head, *lines, "", f"Multiply-adds {data['multiply_adds']}.", ""])
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    every = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(row)} |" for row in every]
+
+
 def equal_minutes() -> str:
     """What was tried in 240 s on a GPU, the best first."""
     lines = [
@@ -200,6 +221,75 @@ def equal_minutes() -> str:
             f"{dice} | {row['mean_dice']:.4f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+NETWORKS = "hippocampus-networks"
+"""What `segmamba compare` wrote of the networks that trained for equal minutes."""
+
+
+def networks() -> str:
+    """Networks that trained for equal minutes, the best mean rank first."""
+    if not (RESULTS / f"{NETWORKS}.json").exists():
+        return "Not measured yet.\n"
+    data = load(NETWORKS)
+    cost = {row["model"]: row for row in data["cost"]}
+    order = [row["model"] for row in data["ranking"]["overall"]["models"]]
+    ranks = {row["model"]: row for row in data["ranking"]["overall"]["models"]}
+    scores = {(r["model"], r["label"], r["metric"]): r for r in data["summary"]}
+    columns = [(label, "dice") for label in data["labels"]]
+    columns += [(label, "hd95_mm") for label in data["labels"]]
+    header = ["network", "mean rank [95 % of positions]"]
+    header += [
+        f"{label}, {'Dice' if metric == 'dice' else 'HD95 mm'} [95 %]"
+        for label, metric in columns
+    ]
+    header += ["steps", "ms a step", "peak MiB", "parameters"]
+    rows = [
+        [
+            name,
+            f"{ranks[name]['mean']:.2f} {ranks[name]['position_ci95']}",
+            *(interval(scores[(name, *column)]) for column in columns),
+            *expense(cost[name]),
+        ]
+        for name in order
+    ]
+    devices = sorted({row.get("device") or "not recorded" for row in data["cost"]})
+    head = f"{len(data['cases'])} held-out cases; trained on {', '.join(devices)}.\n"
+    return "\n".join([head, *markdown(header, rows), ""])
+
+
+def interval(row: dict[str, Any]) -> str:
+    digits = 3 if row["metric"] == "dice" else 2
+    low, high = row["ci95"]
+    return f"{row['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def expense(row: dict[str, Any]) -> list[str]:
+    known = [row["steps"], row["ms_per_step"], row["peak_memory_mib"]]
+    cells = ["-" if value is None else f"{value:.0f}" for value in known]
+    return [*cells, f"{row['parameters'] / 1e6:.2f} M"]
+
+
+def networks_differences() -> str:
+    """How each network's mean Dice differs from the first SegMamba preset's."""
+    if not (RESULTS / f"{NETWORKS}.json").exists():
+        return "Not measured yet.\n"
+    pairs = load(NETWORKS)["pairs"]
+    header = ["a - b", "label", "n", "difference of Dice [95 %]", "p Holm"]
+    header += ["win/tie/loss"]
+    rows = [
+        [
+            f"{pair['a']} - {pair['b']}",
+            pair["label"],
+            str(pair["n"]),
+            "{:+.4f} [{:+.4f}, {:+.4f}]".format(pair["mean_difference"], *pair["ci95"]),
+            "< 0.001" if pair["p_holm"] < 0.001 else f"{pair['p_holm']:.3f}",
+            f"{pair['wins']}/{pair['ties']}/{pair['losses']}",
+        ]
+        for pair in pairs
+        if pair["metric"] == "dice" and "segmamba" in (pair["a"], pair["b"])
+    ]
+    return "\n".join([*markdown(header, rows), ""])
 
 
 MEASURED = (
@@ -288,6 +378,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "light-tuning-first": lambda: tuning("light-tuning-first"),
     "light-tuning": lambda: tuning("light-tuning"),
     **{f"gpu-{name}": partial(measured, f"gpu_{name}") for name in MEASURED},
+    "gpu-efficiency": efficiency,
+    NETWORKS: networks,
+    f"{NETWORKS}-differences": networks_differences,
 }
 
 

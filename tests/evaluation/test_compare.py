@@ -230,6 +230,12 @@ def test_ranking_by_hand():
     assert last["share_of_positions"] == [0.0, 0.0, 1.0]
 
 
+def test_a_mean_of_zero_has_no_sign():
+    result = compare_scores([scores("a", [0.0, 0.0]), scores("b", [0.5, 0.4])])
+    dice = result["ranking"]["by_metric"][0]
+    assert [str(row["mean"]) for row in dice["models"]] == ["0.45", "0.0"]
+
+
 def test_shares_of_positions_are_the_bootstraps_true_ones():
     """Two cases of opposite winners: each wins a quarter of draws, half are equal."""
     costs = np.array([[1.0, 2.0], [2.0, 1.0]])

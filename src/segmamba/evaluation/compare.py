@@ -319,7 +319,7 @@ def _rankings(
             costs = -table[defined] if higher else table[defined]
             ranked = rank_models(costs, names, resamples=resamples, seed=seed)
             for row in ranked["models"]:
-                row["mean"] = -row["mean"] if higher else row["mean"]
+                row["mean"] = 0.0 - row["mean"] if higher else row["mean"]
             single.append({"label": label, "metric": metric, **ranked})
             place[defined] = case_ranks(table[defined], higher)
         ranks.append(place)
