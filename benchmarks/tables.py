@@ -21,6 +21,7 @@ PAGES = (
     "docs/reference/results.md",
     "docs/concepts/uncertainty.md",
     "docs/concepts/sliding-window.md",
+    "docs/how-to/reproduce.md",
 )
 MARK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -292,6 +293,28 @@ def networks_differences() -> str:
     return "\n".join([*markdown(header, rows), ""])
 
 
+RECIPES = {
+    "`brats2023-code.yaml`, `task01-brain-tumour.yaml`": (250_000, 128**3),
+    "`task02-heart.yaml`": (62_500, 96 * 128 * 128),
+    "`task09-spleen.yaml`": (62_500, 64 * 160 * 160),
+}
+"""Recipes of preset segmamba with batches of two: steps, and voxels of a patch."""
+
+
+def recipe_costs() -> str:
+    """Hours of the recipes on a GPU, from steps of the trainer that were timed."""
+    rows = load("gpu_feeding")["measurements"]
+    whole = next(row for row in rows if row["mode"] == "with augmentation")
+    table = []
+    for name, (steps, voxels) in RECIPES.items():
+        milliseconds = whole["median_ms"] * voxels / 128**3
+        hours = steps * milliseconds / 3.6e6
+        cells = [f"{steps:,}".replace(",", " "), f"{milliseconds:.0f}", f"{hours:.1f}"]
+        table.append([name, *cells, f"{5 * hours:.0f}"])
+    header = ["recipe", "steps", "ms a step", "hours", "hours of five folds"]
+    return "\n".join([*markdown(header, table), ""])
+
+
 MEASURED = (
     *("layer", "network", "volume", "size", "scan", "predict", "feeding"),
     "efficiency",
@@ -379,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "light-tuning": lambda: tuning("light-tuning"),
     **{f"gpu-{name}": partial(measured, f"gpu_{name}") for name in MEASURED},
     "gpu-efficiency": efficiency,
+    "recipe-costs": recipe_costs,
     NETWORKS: networks,
     f"{NETWORKS}-differences": networks_differences,
 }
