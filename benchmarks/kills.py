@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
 from kills import Killer, digests, killer, moments
 
 from conftest import SETTINGS, make_dataset
-from segmamba.atomic import write_json
+from segmamba.atomic import PREFIX, write_json
 from segmamba.benchmark.environment import environment
 from segmamba.checkpoint import load_checkpoint, load_model_file
 
@@ -43,7 +43,7 @@ def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: digest
         for name, digest in digests(folder).items()
-        if name.endswith((".nii.gz", ".npy", ".npz"))
+        if name.endswith((".nii.gz", ".npy", ".npz")) and PREFIX not in name
     }
     model = folder / "fold_0" / "model.safetensors"
     if model.exists():
@@ -83,7 +83,8 @@ def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
             continue
         counts["ends"] += 1
         counts["different_ends"] += results(output) != expected
-        left = [*output.rglob(".writing-*"), *output.rglob("*.lock")]
+        left = [*output.rglob(f"{PREFIX}*"), *output.rglob("*.lock")]
+        left = [path for path in left if path.parent.name != "cache"]  # by their age
         counts["left_over"] += len(left)
         print(job, counts, flush=True)
         if last:

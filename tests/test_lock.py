@@ -80,3 +80,17 @@ def test_a_full_disk_neither_breaks_the_lock_nor_leaves_it(tmp_path, monkeypatch
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_had_half_written_is_removed(tmp_path, monkeypatch):
+    for name in (".writing-a.npy", "whole.npy"):
+        (tmp_path / name).write_bytes(b"x")
+    with folder_lock(tmp_path, "training"):
+        (tmp_path / ".writing-b").write_bytes(b"x")  # our own, from now on
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".writing-b",
+        "whole.npy",
+    ]
+    monkeypatch.setattr("segmamba.lock._lock", lambda _: False)  # it may be another's
+    with folder_lock(tmp_path, "training"):
+        assert (tmp_path / ".writing-b").exists()

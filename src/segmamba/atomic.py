@@ -7,12 +7,15 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from segmamba.errors import FormatError, describe
 
+MADE_ANEW = "Mend it; or remove it, and it is made anew."
+"""The remedy for files of a run that a power cut or an editor left unreadable."""
 PREFIX = ".writing-"
 """How the names of unfinished files begin."""
 
@@ -59,6 +62,23 @@ def _new_file_beside(path: Path) -> Path:
     return Path(name)
 
 
+def remove_leftovers(folder: Path, age_s: float = 0.0) -> None:
+    """Remove half-written files of killed processes.
+
+    Args:
+        folder: Where they lie; nobody writes to it, unless `age_s` is given.
+        age_s: Leave those that are younger, in seconds: another process may be at
+            work on them.
+
+    Raises:
+        OSError: They can't be removed.
+    """
+    for path in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if not age_s or time.time() - path.stat().st_mtime > age_s:
+                path.unlink()
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
@@ -70,8 +90,12 @@ def write_json(path: Path | str, data: Any) -> None:
     write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path | str, remedy: str | None = None) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        remedy: What to do if it can't be read.
 
     Raises:
         FormatError: The file is missing, unreadable or not JSON, holds numbers that are
@@ -85,7 +109,7 @@ def read_json(path: Path | str) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         found = getattr(error, "strerror", None) or error
         raise FormatError(
-            describe("can't read a JSON file", found=found, file=path)
+            describe("can't read a JSON file", found=found, file=path, remedy=remedy)
         ) from error
 
 

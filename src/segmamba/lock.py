@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from segmamba.atomic import remove_leftovers
 from segmamba.errors import ConfigError, describe
 
 _FAR = 1 << 30  # Windows locks a byte range: one far behind the text leaves it readable
@@ -22,6 +23,7 @@ def folder_lock(folder: Path, work: str) -> Iterator[None]:
 
     The operating system frees the lock when the process ends, however it ends, so a
     killed run never blocks the next one. A file system without locks is not guarded.
+    What a killed run had half-written is removed.
 
     Args:
         folder: Made if it is missing.
@@ -34,12 +36,14 @@ def folder_lock(folder: Path, work: str) -> Iterator[None]:
     path = folder / f"{work}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(path)
+        descriptor, is_held = _take(path)
     except OSError as error:
         raise ConfigError(
             describe("can't write to this folder", found=error, file=folder)
         ) from error
     try:
+        if is_held:
+            remove_leftovers(folder)
         yield
     finally:
         if os.name == "nt":
@@ -50,14 +54,15 @@ def folder_lock(folder: Path, work: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _take(path: Path) -> int:
+def _take(path: Path) -> tuple[int, bool]:
+    """Give the lock's open file, and whether the file system does lock it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor)
+            is_held = _lock(descriptor)
             if _is_still(path, descriptor):
                 _sign(descriptor)
-                return descriptor
+                return descriptor, is_held
         except BlockingIOError as error:
             os.close(descriptor)
             raise ConfigError(_held(path)) from error
@@ -67,7 +72,7 @@ def _take(path: Path) -> int:
         os.close(descriptor)  # its owner removed it in between: try the new file
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int) -> bool:
     try:
         if os.name == "nt":
             import msvcrt
@@ -80,10 +85,11 @@ def _lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
-            return
+            return False
         if error.errno in (errno.EACCES, errno.EDEADLK):  # Windows' word for taken
             raise BlockingIOError(str(error)) from error
         raise
+    return True
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

@@ -307,7 +307,7 @@ def test_nothing_but_a_record_reads_the_time_of_day() -> None:
         )
     }
     # The age of leftovers and the date of a manifest or DICOM file.
-    assert users <= {"data/cache.py", "manifest.py", *DATES}, users
+    assert users <= {"atomic.py", "manifest.py", *DATES}, users
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

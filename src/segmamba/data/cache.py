@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from segmamba.atomic import atomic_path, read_json, write_json
+from segmamba.atomic import atomic_path, read_json, remove_leftovers, write_json
 from segmamba.config import to_dict
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.fingerprint import read_label
@@ -224,9 +223,7 @@ def _start(folder: Path, plan: Plan) -> None:
             open_cache(folder, plan)
         except SegMambaError:
             (folder / INDEX_NAME).unlink(missing_ok=True)
-        for leftover in folder.glob(".writing-*"):
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
-                leftover.unlink(missing_ok=True)
+        remove_leftovers(folder, LEFTOVER_AGE_S)
     except OSError as error:
         raise SegMambaError(
             describe("can't write the cache", found=str(error), file=folder)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from segmamba.atomic import read_json, write_json
+from segmamba.atomic import MADE_ANEW, read_json, write_json
 from segmamba.config import AnyNetworkConfig, from_dict, network_from_dict, to_dict
 from segmamba.data.dataset import Dataset
 from segmamba.data.fingerprint import ChannelFingerprint, Fingerprint
@@ -158,7 +158,7 @@ def load_plan(path: Path | str) -> Plan:
         ConfigError: A key is unknown or missing, or a value can't be used; the text
             says which and what would do.
     """
-    plan = from_dict(Plan, read_json(path), source=str(path))
+    plan = from_dict(Plan, read_json(path, MADE_ANEW), source=str(path))
     validate_plan(plan, source=path)
     return plan
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from segmamba.atomic import read_json, write_json
+from segmamba.atomic import MADE_ANEW, read_json, write_json
 from segmamba.errors import ConfigError, describe
 
 Split = dict[str, list[str]]
@@ -100,7 +100,7 @@ def load_splits(path: Path | str) -> list[Split]:
         FormatError: The file is missing or not JSON.
         ConfigError: It holds something else, or a case trains and validates at once.
     """
-    data = read_json(path)
+    data = read_json(path, MADE_ANEW)
     folds = [data] if isinstance(data, dict) else data
     if not isinstance(folds, list) or not folds:
         raise _bad_splits("a list of folds", data, path)

@@ -133,6 +133,8 @@ def predict_cases(
             extras.describe(),
             overwrite=overwrite or alone,
         )
+        if not alone:
+            extras.clean(folder)
         for index, case in enumerate(cases):
             files = CaseFiles(folder if alone else folder / f"{case.id}{SUFFIX}", alone)
             if not overwrite and extras.is_done(case, files):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from segmamba.atomic import remove_leftovers
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import ConfigError, SegMambaError, describe
 from segmamba.inference.dicom_study import SegOutput
@@ -117,6 +118,11 @@ class Extras:
             written.append(files.dicom(output))
             output.write(written[-1], found.label_map, case.series[0], scheme)
         return written
+
+    def clean(self, folder: Path) -> None:
+        """Remove what a killed prediction left half-written beside label maps."""
+        for kind in ("probabilities", *MAPS):
+            remove_leftovers(folder / kind)
 
     def is_done(self, case: InputCase, files: CaseFiles) -> bool:
         """Tell whether whole files of the scan's size are there."""
