@@ -45,8 +45,9 @@ INLINE void stage_states(float *to, int width, const element *from, int stride,
 }
 
 // The step sizes' code, (rank, ROWS) in shared memory, zero behind the last row.
-template <int ROWS>
+template <int ROWS, int UNROLL = 4>
 INLINE void stage_code(float *to, const element *from, int stride, int rank, int count) {
+#pragma unroll UNROLL
     for (unsigned i = threadIdx.x; i < ROWS * rank; i += THREADS) {
         int t = i % ROWS, q = i / ROWS;
         to[i] = t < count ? to_float(from[t * stride + q]) : 0.0f;

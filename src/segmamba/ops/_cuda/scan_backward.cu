@@ -52,13 +52,22 @@ struct Data {
     int L, E, rank, code_stride, b_stride, c_stride, step_stride, bc_stride;
 };
 
-// The number itself, which the compiler takes for another: it keeps nothing in registers
-// that it made of the first before.
+// The value itself, which the compiler takes for another: it keeps nothing in registers that
+// it made of the first before, and adds offsets to a pointer, not to what that was made of.
 INLINE int anew(int number) {
 #ifndef EMULATED
     asm volatile("" : "+r"(number));
 #endif
     return number;
+}
+
+// One of global memory.
+template <class T> INLINE T *anew(T *pointer) {
+#ifndef EMULATED
+    asm volatile("" : "+l"(pointer));
+    __builtin_assume(__isGlobal(pointer));
+#endif
+    return pointer;
 }
 
 INLINE int row_of(int channel) {
@@ -95,9 +104,12 @@ INLINE void load_square(float (*to)[4], const float *from, const Square &q, int 
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int channel = q.first + q.channel(k);
+        bool there = channel < E;
+        const float *column = anew(from + (there ? channel : 0));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            to[k][j] = channel < E ? from[q.state(j) * E + channel] : 0.0f;
+            float value = column[q.state(j) * E];
+            to[k][j] = there ? value : 0.0f;
         }
     }
 }
@@ -262,16 +274,16 @@ struct Tile {
     // that of the lane's own step begins. The latter's are zero where nothing exists; so
     // are then adjoints, and all gradients.
     INLINE void load(Quad *u, Quad *dy, int place, const Data &d) const {
+        const element *by_position = anew(d.u + channel), *by_token = anew(d.grad + channel);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const element *row = d.u + ((first + step(i)) * d.E + channel);
-            u[i] = *reinterpret_cast<const Quad *>(row);
+            int row = (first + step(i)) * d.E;
+            u[i] = *reinterpret_cast<const Quad *>(by_position + row);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int offset = __shfl_sync(0xffffffffu, place, step(i));
-            const element *row = d.grad + (offset + channel);
-            dy[i] = *reinterpret_cast<const Quad *>(row);
+            int row = __shfl_sync(0xffffffffu, place, step(i));
+            dy[i] = *reinterpret_cast<const Quad *>(by_token + row);
         }
         int limit = there ? steps - at : 0;
 #pragma unroll
@@ -282,7 +294,7 @@ struct Tile {
 // B, C and the step sizes' code of a part, zero behind its end.
 INLINE void stage_matrices(Shared &m, float *code_s, const Data &d, const Tile &tile) {
 #pragma unroll 1
-    for (unsigned i = threadIdx.x; i < PART * 8; i += THREADS) {
+    for (unsigned i = anew(threadIdx.x); i < PART * 8; i += THREADS) {
         unsigned t = i % PART, n = i / PART % 4;
         bool second = i >= PART * 4;
         const element *from = second ? d.c : d.b;
@@ -293,8 +305,8 @@ INLINE void stage_matrices(Shared &m, float *code_s, const Data &d, const Tile &
 #pragma unroll
         for (int k = 0; k < 4; k++) to[4 * k * PITCH] = four[k];
     }
-    stage_code<PART>(code_s, d.code + tile.first * d.code_stride, d.code_stride, d.rank,
-                     tile.steps);
+    stage_code<PART, 1>(code_s, d.code + tile.first * d.code_stride, d.code_stride, d.rank,
+                        tile.steps);
 }
 
 // Step sizes before softplus, [channel][step].
@@ -378,12 +390,13 @@ INLINE void store_rows(float *totals, const Tile &tile, int place, const Own &ow
             dy[i][a] = slope;
         }
     }
+    element *of_u = anew(d.of_u + tile.channel), *of_step = anew(d.of_step + tile.channel);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if (!tile.there || tile.at + i >= tile.steps) break;
         int t = tile.first + tile.at + i;
-        store4(d.of_u + (t * d.E + tile.channel), u[i]);
-        store4(d.of_step + (t * d.step_stride + tile.channel), dy[i]);
+        store4(of_u + t * d.E, u[i]);
+        store4(of_step + t * d.step_stride, dy[i]);
     }
     __syncwarp();
     fold<8>(sums, 1);
@@ -397,7 +410,7 @@ INLINE void store_rows(float *totals, const Tile &tile, int place, const Own &ow
 // state, 2 WARPS times, in an order that keeps its neighbours to banks of their own.
 INLINE void finish_states(const Data &d, const Shared &m, const Tile &tile) {
 #pragma unroll 1
-    for (unsigned i = threadIdx.x; i < 32 * GROUPS; i += THREADS) {
+    for (unsigned i = anew(threadIdx.x); i < 32 * GROUPS; i += THREADS) {
         unsigned lane = i & 1 | i << 1 & 28, g = i / 32, second = i / 16 % 2;
         unsigned s = lane & 1 | lane >> 1 & 2, n = 4 * s + lane / 8;
         const float *from = m.own[0].left[0] + SLOT * g + 128 * second + 4 * lane;
