@@ -159,7 +159,7 @@ def test_blocks_fit_the_shared_memory(kib, monkeypatch, poison):
     assert (asked[-1] > 64 * 1024) == (kib > 64)
 
 
-@pytest.mark.parametrize("steps", [32, 64])
+@pytest.mark.parametrize("steps", [32, 64, 128])
 @pytest.mark.parametrize("length", [64, 101])
 def test_long_chunks(steps, length, monkeypatch, poison):
     """Of several parts, and ending within the first or the second."""
