@@ -73,24 +73,27 @@ def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
     if job == "preprocessing":  # it is over with the cache's index
         longest = (whole / "cache" / "cache.json").stat().st_mtime - began
     counts = {"kills": 0, "ends": 0, "different_ends": 0, "left_over": 0}
-    reached: list[int] = []
+    most, reached = progress(job, whole), []
     for seconds in moments(10 * kills, longest):
         last = counts["kills"] >= kills
         output = folder / f"{job}-{counts['ends']}"
-        if kill.run([*words, "-o", str(output)], None if last else seconds):
+        was_killed = kill.run([*words, "-o", str(output)], None if last else seconds)
+        is_over = job == "preprocessing" and progress(job, output) == most
+        if was_killed and not is_over:
             counts["kills"] += 1
             reached.append(progress(job, output))
             continue
+        if was_killed:  # too late to disturb the job: let the rest of it end
+            kill.run([*words, "-o", str(output)])
         counts["ends"] += 1
         counts["different_ends"] += results(output) != expected
         left = [*output.rglob(f"{PREFIX}*"), *output.rglob("*.lock")]
         left = [path for path in left if path.parent.name != "cache"]  # by their age
         counts["left_over"] += len(left)
-        print(job, counts, flush=True)
+        print(job, counts, reached, flush=True)
         if last:
             break
-    whole_way = {"whole": progress(job, whole), "reached": reached}
-    return {"longest_s": round(longest, 2), **counts, **whole_way}
+    return {"longest_s": round(longest, 2), **counts, "whole": most, "reached": reached}
 
 
 def main() -> None:
