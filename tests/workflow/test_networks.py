@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from segmamba.cli import main
 from segmamba.config import PEER_NAMES
 from segmamba.errors import ConfigError
 from segmamba.inference.load import load_model
+from segmamba.nn import footprint
 
 SMALL = {
     "unet": {"dims": [4, 6, 8]},
@@ -56,6 +58,21 @@ def test_the_same_commands_for_every_network(
     network = load_model(run, device="cpu").networks[0]
     assert network.config.name == name
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_any_scan_is_read(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    architectures = "dynamic_network_architectures.architectures.unet"
+    monkeypatch.setitem(sys.modules, architectures, None)
+    monkeypatch.setattr("segmamba.workflow.steps.measure", lambda *_: 1 / 0)
+    footprint._measure.cache_clear()
+    words = ["-o", str(tmp_path / "run"), "--preset", "unet", "--device", "cpu"]
+    assert main(["train", str(project / "data"), *words]) == 1
+    assert "pip install 'segmamba[nnunet]'" in capsys.readouterr().err
 
 
 def test_settings_of_other_networks_are_refused(project: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segmamba import atomic
-from segmamba.config import from_dict, network_class
+from segmamba.config import PeerConfig, from_dict, network_class
 from segmamba.data.check import CheckReport, check_dataset
 from segmamba.data.dataset import Dataset, dataset_from_dict, dataset_to_dict
 from segmamba.data.fingerprint import Fingerprint, make_fingerprint
@@ -23,6 +23,7 @@ from segmamba.inference.dicom_study import SegOutput
 from segmamba.inference.load import load_model
 from segmamba.manifest import Session
 from segmamba.nn import preset_config
+from segmamba.nn.footprint import footprint
 from segmamba.workflow.folder import (
     Progress,
     RunFolder,
@@ -90,12 +91,15 @@ def plan(
     Raises:
         FormatError: The data set has errors.
         ConfigError: A setting is unknown or unusable.
-        BackendUnavailableError: The device isn't there.
+        BackendUnavailableError: The device isn't there, or the package that has the
+            network isn't installed.
     """
     settings = load_settings(config)
     target = resolve_device(device)
     name = preset or settings.preset or default_preset(target)
     network = preset_config(name, **_network_overrides(settings, name))
+    if isinstance(network, PeerConfig):  # a missing package shows before long work
+        footprint(network)
     dataset, fingerprint = measure(data, RunFolder(Path(run)), progress)
     decided = make_plan(
         fingerprint,
