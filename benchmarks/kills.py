@@ -9,6 +9,7 @@ must be those of undisturbed runs, to the byte.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 import time
@@ -67,24 +68,28 @@ def progress(job: str, folder: Path) -> int:
 def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
     """Kill a command until the number is reached, anew each time that it ends."""
     words, whole = JOBS[job], folder / f"whole-{job}"
-    began, begin = time.time(), time.monotonic()
+    begin, source = time.monotonic(), random.Random(0)
     kill.run([*words, "-o", str(whole)])
     longest, expected = 0.9 * (time.monotonic() - begin), results(whole)
-    if job == "preprocessing":  # it is over with the cache's index
-        longest = (whole / "cache" / "cache.json").stat().st_mtime - began
     counts = {"kills": 0, "ends": 0, "different_ends": 0, "left_over": 0}
     most, reached = progress(job, whole), []
     for seconds in moments(10 * kills, longest):
         last = counts["kills"] >= kills
         output = folder / f"{job}-{counts['ends']}"
-        was_killed = kill.run([*words, "-o", str(output)], None if last else seconds)
+        after = ("", 0)
+        if job == "preprocessing":  # a part of the command: kill at a random case
+            done = progress(job, output)
+            cases = done + source.randrange(min(8, max(most - done, 1)))
+            after, seconds = (f"{output.name}/cache/case_*.json", cases), seconds / 2000
+        command = [*words, "-o", str(output)]
+        was_killed = kill.run(command, None if last else seconds, after)
         is_over = job == "preprocessing" and progress(job, output) == most
         if was_killed and not is_over:
             counts["kills"] += 1
             reached.append(progress(job, output))
             continue
         if was_killed:  # too late to disturb the job: let the rest of it end
-            kill.run([*words, "-o", str(output)])
+            kill.run(command)
         counts["ends"] += 1
         counts["different_ends"] += results(output) != expected
         left = [*output.rglob(f"{PREFIX}*"), *output.rglob("*.lock")]

@@ -33,19 +33,26 @@ class Killer:
 
     server: subprocess.Popen[str]
 
-    def run(self, words: list[str], seconds: float | None = None) -> bool:
+    def run(
+        self,
+        words: list[str],
+        seconds: float | None = None,
+        after: tuple[str, int] = ("", 0),
+    ) -> bool:
         """Run a command of segmamba; kill it after so many seconds.
 
         Args:
             words: Of the command line, without the program.
             seconds: None waits for its end, which must be a good one.
+            after: Pattern of paths below the program's folder, and how many there must
+                be before the seconds are counted.
 
         Returns:
             Whether it was killed before its end.
         """
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps([words, seconds]) + "\n")
+        self.server.stdin.write(json.dumps([words, seconds, after]) + "\n")
         self.server.stdin.flush()
         answer = json.loads(self.server.stdout.readline())
         assert answer in ("killed", 0), answer
@@ -85,6 +92,16 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def wait_for(pattern: str, count: int, child: int) -> int | None:
+    """Wait for so many paths; give the child's status if it ends before."""
+    while count and len(list(Path().glob(pattern))) < count:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.001)
+    return None
+
+
 def serve() -> None:
     """Read commands, a line each; fork, wait or kill, and answer."""
     for name in LATE:
@@ -92,16 +109,20 @@ def serve() -> None:
     from segmamba import cli
 
     for line in sys.stdin:
-        words, seconds = json.loads(line)
+        words, seconds, after = json.loads(line)
         child = os.fork()
         if child == 0:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)
             os._exit(cli.main(words))
+        status = None
         if seconds is not None:
+            status = wait_for(*after, child)
             time.sleep(seconds)
+        if seconds is not None and status is None:
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        if status is None:
+            _, status = os.waitpid(child, 0)
         answer = "killed" if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
