@@ -76,13 +76,13 @@ def disturb(kill: Killer, job: str, folder: Path, kills: int) -> dict[str, Any]:
     for seconds in moments(10 * kills, longest):
         last = counts["kills"] >= kills
         output = folder / f"{job}-{counts['ends']}"
-        after = ("", 0)
+        after, pause = ("", 0), None if last else seconds
         if job == "preprocessing":  # a part of the command: kill at a random case
-            done = progress(job, output)
-            cases = done + source.randrange(min(8, max(most - done, 1)))
-            after, seconds = (f"{output.name}/cache/case_*.json", cases), seconds / 2000
+            cases = progress(job, output) + source.randrange(8)
+            after = (f"{output.name}/cache/case_*.json", cases)
+            pause = None if last or cases >= most else seconds / 2000
         command = [*words, "-o", str(output)]
-        was_killed = kill.run(command, None if last else seconds, after)
+        was_killed = kill.run(command, pause, after)
         is_over = job == "preprocessing" and progress(job, output) == most
         if was_killed and not is_over:
             counts["kills"] += 1

@@ -21,6 +21,7 @@ PAGES = (
     "docs/reference/results.md",
     "docs/concepts/uncertainty.md",
     "docs/concepts/sliding-window.md",
+    "docs/concepts/faults.md",
     "docs/how-to/reproduce.md",
 )
 MARK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -368,9 +369,61 @@ def whole_volume() -> str:
             f"| mean Dice of one with the other | {mean_dice(between)} |",
             f"| share of voxels that differ | mean {sum(shares) / len(shares):.4f}, "
             f"largest {max(shares):.4f} |",
+            *whole_cost(),
             "",
         ]
     )
+
+
+def whole_cost() -> list[str]:
+    """What windows and whole volumes took, by `benchmarks/whole_volume.py`."""
+    cost = load("whole_cost")
+    where = f"{cost['environment']['threads']} core, no mirroring"
+    return [
+        f"| {name}: seconds a scan (median), peak of the process ({where}) | "
+        f"{cost[key]['median_s']:.2f}, {cost[key]['peak_mib']:.0f} MiB |"
+        for name, key in (("windows", "windows"), ("whole volumes", "whole"))
+    ]
+
+
+def fuzz() -> str:
+    """Damaged inputs, reader by reader, from `benchmarks/fuzz.py`."""
+    data = load("fuzz")
+    guided = data.get("guided", {})
+    lines = [
+        f"{data['inputs']} inputs, {data['failures']} failures; at commit "
+        f"{data['environment']['commit']}, by `{data['command']}`"
+        + (f"; led by {data['led_by']}.\n" if guided else ".\n"),
+        "| reader | inputs | accepted | slowest s | memory grew by MiB | "
+        "led by coverage: inputs | edges, first to last |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in data["blind"].items():
+        led, found = guided.get(name), "- | -"
+        if led is not None:
+            found = f"{led['inputs']} | {led['edges_first']} to {led['edges_last']}"
+        cells = (row["inputs"], row["accepted"], f"{row['slowest_s']:.2f}")
+        grown = f"{row['memory_growth_mib']:.1f}"
+        lines.append("| " + " | ".join(map(str, (name, *cells, grown, found))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kills() -> str:
+    """Kills at random moments, from `benchmarks/kills.py`."""
+    data = load("kills")
+    lines = [
+        "| job | kills | how far each had come | ends | other ends | files left over |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    units = {"preprocessing": "cases", "training": "steps", "prediction": "cases"}
+    for job, unit in units.items():
+        row = data[job]
+        reached = f"{min(row['reached'])} to {max(row['reached'])}"
+        lines.append(
+            f"| {job} | {row['kills']} | {reached} of {row['whole']} {unit} | "
+            f"{row['ends']} | {row['different_ends']} | {row['left_over']} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def large_ct() -> str:
@@ -394,6 +447,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "brief": lambda: scores(BRIEF),
     "cpu-ratios": cpu_ratios,
     "large-ct": large_ct,
+    "fuzz": fuzz,
+    "kills": kills,
     "uncertainty": uncertainty,
     "whole-volume": whole_volume,
     "gpu-brief": gpu_brief,

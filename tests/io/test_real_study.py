@@ -90,9 +90,7 @@ def by_highdicom(path: Path, group: list[Any]) -> np.ndarray:
 
 def by_polygons(path: Path, image: Any) -> np.ndarray:
     """Ask matplotlib which centres lie in each contour."""
-    inverse, (i, j, _) = np.linalg.inv(image.affine), image.shape
-    grid = np.stack(np.meshgrid(np.arange(i), np.arange(j), indexing="ij"), axis=-1)
-    centres = grid.reshape(-1, 2) + np.array([1.3e-3, 0.7e-3])  # off the holes' cuts
+    inverse = np.linalg.inv(image.affine)
     label_map = np.zeros(image.shape, np.uint8)
     for roi in dcmread(path).ROIContourSequence:
         for item in roi.ContourSequence:
@@ -101,11 +99,12 @@ def by_polygons(path: Path, image: Any) -> np.ndarray:
             k = round(float(index[0, 2]))
             np.testing.assert_allclose(index[:, 2], k, atol=1e-3)
             ring = index[[*range(len(index)), 0], :2]
-            low, high = ring.min(axis=0), ring.max(axis=0)
-            near = ((centres >= low) & (centres <= high)).all(axis=1)
-            inside = np.zeros(len(centres), bool)
-            inside[near] = Polygon(ring, closed=True).contains_points(centres[near])
-            label_map[inside.reshape(i, j), k] = VALUES[roi.ReferencedROINumber]
+            low, high = np.ceil(ring.min(axis=0)), np.floor(ring.max(axis=0))
+            grid = np.mgrid[tuple(map(slice, low, high + 1))].reshape(2, -1).T
+            centres = grid + np.array([1.3e-3, 0.7e-3])  # off the holes' cuts
+            inside = Polygon(ring, closed=True).contains_points(centres)
+            i, j = grid[inside].astype(int).T
+            label_map[i, j, k] = VALUES[roi.ReferencedROINumber]
     return label_map
 
 
