@@ -26,6 +26,7 @@ from segmamba.benchmark import (
     describe_pace,
     feeding,
     layer,
+    model,
     predict,
     run_benchmark,
     scan,
@@ -42,6 +43,7 @@ from segmamba.errors import (
 )
 from segmamba.ops import selective_scan
 from segmamba.report.benchmark_figure import benchmark_figure, scan_lines
+from segmamba.training import shallow_maps
 
 QUICK = BenchmarkSettings(device="cpu", dtype="fp32", seconds=0.001, quick=True)
 
@@ -165,6 +167,11 @@ def test_relative_error_is_that_of_norms() -> None:
 def test_different_bits_are_counted() -> None:
     a, b, nan = torch.ones(2), torch.ones(2) + 1e-6, torch.full((2,), float("nan"))
     assert checks.different_bits([a, a, nan], [a, b, nan]) == 2
+
+
+def test_networks_are_checked_on_maps_of_no_faulty_depth() -> None:
+    for size, stages in ((model.CHECK_SIZE, 4), (model.QUICK_CHECK_SIZE, 2)):
+        assert -(-size[0] // 2**stages) != shallow_maps._FAULTY_DEPTH
 
 
 def test_summary_gives_median_and_quartiles() -> None:
