@@ -402,7 +402,7 @@ def fuzz() -> str:
         led, found = guided.get(name), "- | -"
         if led is not None:
             found = f"{led['inputs']} | {led['edges_first']} to {led['edges_last']}"
-        cells = (row["inputs"], row["accepted"], f"{row['slowest_s']:.2f}")
+        cells = (row["inputs"], row["accepted"], f"{row['slowest_s']:.3f}")
         grown = f"{row['memory_growth_mib']:.1f}"
         lines.append("| " + " | ".join(map(str, (name, *cells, grown, found))) + " |")
     return "\n".join(lines) + "\n"
