@@ -87,7 +87,8 @@ def check_mixer(length, sizes, orders, batch=1, dtype=torch.float32) -> None:
         kind[0] = kind[0].to(dtype)
     found = run_mixer(inputs, orders, "cuda")
     assert found[0].dtype == dtype
-    wanted = run_mixer(inputs, orders, "reference", torch.float64)
+    truth = "reference" if length < 300 else "chunked"  # a loop would take minutes
+    wanted = run_mixer(inputs, orders, truth, torch.float64)
     # a gradient that sums over two tokens has the rounding of each
     compare(found, wanted, TOLERANCE[dtype] * (2 if length == 1 else 1))
 

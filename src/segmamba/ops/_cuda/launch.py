@@ -53,9 +53,9 @@ def chunk_steps(length: int) -> int:
         length: Steps of the sequence.
 
     Returns:
-        16, 32 or 64.
+        16, 32 or 128.
     """
-    return 64 if length >= 16384 else 32 if length >= 2048 else 16
+    return 128 if length >= 16384 else 32 if length >= 2048 else 16
 
 
 def kept_shape(rows: int, length: int, channels: int) -> tuple[int, ...]:
