@@ -56,16 +56,18 @@ def settings() -> str:
         table(plan.Plan),
         "## train\n",
         table(config.TrainConfig),
-        "`segmamba-light` has defaults of its own: "
-        + ", ".join(
-            f"`{key}` `{value}`"
-            for key, value in config.training_defaults("segmamba-light").items()
-        )
-        + ".\n",
+        *map(own_defaults, config.PRESET_TRAINING),
         "### train.augmentation\n",
         table(config.AugmentationConfig),
     ]
     return "\n".join(parts)
+
+
+def own_defaults(preset: str) -> str:
+    """A line on the training settings that a preset has for itself."""
+    found = config.training_defaults(preset).items()
+    pairs = ", ".join(f"`{key}` `{value}`" for key, value in found)
+    return f"`{preset}` has defaults of its own: {pairs}.\n"
 
 
 def commands() -> str:

@@ -38,7 +38,8 @@ class NetworkConfig:
     """Everything that defines a network, weights aside."""
 
     name: str = "segmamba"
-    """Preset: segmamba, segmamba-v1, segmamba-paper or segmamba-light."""
+    """Preset: segmamba, segmamba-v1, segmamba-paper, segmamba-light or
+    segmamba-small."""
     in_channels: int = 1
     """Image channels."""
     out_channels: int = 2
@@ -256,7 +257,14 @@ PRESET_TRAINING: dict[str, dict[str, Any]] = {
         "warmup": 0.05,
         "ema_decay": 0.99,
         "iterations_per_epoch": 25,
-    }
+    },
+    "segmamba-small": {
+        "optimizer": "adamw",
+        "learning_rate": 2e-3,
+        "weight_decay": 1e-2,
+        "warmup": 0.03,
+        "deep_supervision": True,
+    },
 }
 """Settings of TrainConfig that suit a preset better than the general defaults."""
 

@@ -177,7 +177,8 @@ def test_activations_against_what_autograd_keeps(name, options):
 
 
 @pytest.mark.parametrize(
-    "name", ["segmamba", "segmamba-v1", "segmamba-paper", "segmamba-light"]
+    "name",
+    ["segmamba", "segmamba-v1", "segmamba-paper", "segmamba-light", "segmamba-small"],
 )
 def test_weights(name):
     config = preset_config(name, in_channels=4, out_channels=4)

@@ -52,7 +52,7 @@ def test_parameters_are_the_published_ones(
 
 
 def test_presets_are_segmambas_and_the_peers():
-    ours = {"segmamba", "segmamba-v1", "segmamba-paper", "segmamba-light"}
+    ours = {f"segmamba{end}" for end in ("", "-v1", "-paper", "-light", "-small")}
     assert set(preset_names()) == ours | set(PEER_NAMES)
 
 

@@ -54,6 +54,11 @@ class TestSegmambaLight(NetworkContract):
     }
 
 
+class TestSegmambaSmall(NetworkContract):
+    name = "segmamba-small"
+    options = TestSegmambaLight.options
+
+
 class TestAnisotropic(NetworkContract):
     """Unequal strides, all scan orders, Mamba in the first stage."""
 

@@ -114,7 +114,7 @@ def test_values_must_be_tensors():
         load_published_weights(tiny(), state)
 
 
-@pytest.mark.parametrize("name", ["segmamba-paper", "segmamba-light"])
+@pytest.mark.parametrize("name", ["segmamba-paper", "segmamba-light", "segmamba-small"])
 def test_other_presets_have_no_published_names(name):
     network = create_network(name, in_channels=1, out_channels=2, **TINY)
     with pytest.raises(CheckpointError, match=f"published counterpart.*{name}"):

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import segmamba
 from segmamba import cli, workflow
 from segmamba.cli.words import parse_duration
 from segmamba.errors import ConfigError, FormatError
 from segmamba.io import read_volume
+from segmamba.nn import preset_config
+from segmamba.workflow import steps
 
 
 def test_a_run_holds_what_the_docs_say(project: Path) -> None:
@@ -177,3 +180,18 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(
     assert lines[0] == 1
     assert lines[-1] == 5
     assert len(lines) < 5
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "name"),
+    [
+        ("cpu", (35, 50, 36), "segmamba-light"),
+        ("cuda", (35, 50, 36), "segmamba-small"),
+        ("cuda", (64, 64, 64), "segmamba-small"),
+        ("cuda", (64, 64, 65), "segmamba"),
+        ("cuda", None, "segmamba"),
+    ],
+)
+def test_the_network_suits_device_and_data(device, shape, name):
+    assert steps.default_preset(torch.device(device), shape) == name
+    preset_config(name)

@@ -53,7 +53,8 @@ class Plan:
     output: Output
     """Run folder."""
     preset: str | None = None
-    """Network; default: segmamba-light on a CPU, segmamba on a GPU."""
+    """Network; default: segmamba-light on a CPU; on a GPU segmamba-small for small
+    scans (up to 64^3 voxels), segmamba for others."""
     device: str = "auto"
     """Device to plan for: auto, cpu, cuda."""
     memory_mib: float | None = None
@@ -89,7 +90,8 @@ class Train:
     output: Output
     """Run folder."""
     preset: str | None = None
-    """Network; default: segmamba-light on a CPU, segmamba on a GPU."""
+    """Network; default: segmamba-light on a CPU; on a GPU segmamba-small for small
+    scans (up to 64^3 voxels), segmamba for others."""
     fold: str = "0"
     """Fold of the splits to hold out, or all to train on every case."""
     cross_validate: FlagCreatePairsOff[bool] = False

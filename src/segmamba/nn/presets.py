@@ -41,6 +41,27 @@ _HEAD = NetworkConfig(
     mixer="tom",
 )
 
+# Ours, for CPUs: convolutions at the high resolutions, Mamba at the low ones, where
+# the sequences are short.
+_LIGHT = dataclasses.replace(
+    _HEAD,
+    name="segmamba-light",
+    dims=(32, 64, 128),
+    hidden_size=192,
+    depths=(0, 1, 2),
+    strides=((2, 2, 2), (2, 2, 2), (2, 2, 2)),
+    stem="serial",
+    gsc="none",
+    conv_blocks=(1, 1, 1),
+    mlp="none",
+    bottleneck="none",
+    skip_block="identity",
+    decoder_block="conv",
+    final_block=False,
+    base_channels=16,
+    convolution_init="he",
+)
+
 PRESETS: dict[str, NetworkConfig] = {
     # The published code at its last version (1039e37, June 2024).
     "segmamba": _HEAD,
@@ -64,25 +85,15 @@ PRESETS: dict[str, NetworkConfig] = {
         fue=True,
         bottleneck="down",
     ),
-    # Ours, for CPUs and small data: convolutions at the high resolutions, Mamba at
-    # the low ones, where the sequences are short.
-    "segmamba-light": dataclasses.replace(
-        _HEAD,
-        name="segmamba-light",
-        dims=(32, 64, 128),
-        hidden_size=192,
-        depths=(0, 1, 2),
-        strides=((2, 2, 2), (2, 2, 2), (2, 2, 2)),
-        stem="serial",
-        gsc="none",
-        conv_blocks=(1, 1, 1),
-        mlp="none",
-        bottleneck="none",
-        skip_block="identity",
-        decoder_block="conv",
-        final_block=False,
-        base_channels=16,
-        convolution_init="he",
+    "segmamba-light": _LIGHT,
+    # The same, wider, for small scans on a GPU: what scored best on the hippocampus in
+    # equal minutes; docs/reference/results.md has what else was tried.
+    "segmamba-small": dataclasses.replace(
+        _LIGHT,
+        name="segmamba-small",
+        dims=(64, 128, 256),
+        decoder_block="residual",
+        base_channels=32,
     ),
 }
 

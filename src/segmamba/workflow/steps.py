@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from segmamba.inference.load import load_model
 from segmamba.manifest import Session
 from segmamba.nn import preset_config
 from segmamba.nn.footprint import footprint
+from segmamba.types import Size3
 from segmamba.workflow.folder import (
     Progress,
     RunFolder,
@@ -78,7 +80,7 @@ def plan(
     Args:
         data: A folder in a known layout, or a CSV file.
         run: The run folder; made if it is missing.
-        preset: The network; None takes segmamba-light for a CPU, else segmamba.
+        preset: The network; None takes `default_preset`.
         device: What to plan for: "auto", "cpu", "cuda" ...
         memory_mib: Its memory; None asks the device.
         config: YAML file, or settings, whose sections network and plan replace
@@ -96,11 +98,15 @@ def plan(
     """
     settings = load_settings(config)
     target = resolve_device(device)
-    name = preset or settings.preset or default_preset(target)
+    named = preset or settings.preset
+    name = named or default_preset(target)
     network = preset_config(name, **_network_overrides(settings, name))
     if isinstance(network, PeerConfig):  # a missing package shows before long work
         footprint(network)
     dataset, fingerprint = measure(data, RunFolder(Path(run)), progress)
+    if not named:
+        name = default_preset(target, fingerprint.median_shape)
+        network = preset_config(name, **_network_overrides(settings, name))
     decided = make_plan(
         fingerprint,
         dataset,
@@ -113,9 +119,25 @@ def plan(
     return decided
 
 
-def default_preset(device: torch.device) -> str:
-    """Name the network that suits a device."""
-    return "segmamba-light" if device.type == "cpu" else "segmamba"
+SMALL_VOXELS = 64**3
+"""Voxels of a case, the median one, up to which it counts as small."""
+
+
+def default_preset(device: torch.device, shape: Size3 | None = None) -> str:
+    """Name the network that suits a device and data.
+
+    Args:
+        device: Where it will be trained.
+        shape: Voxels of the median case along its axes; None if they aren't known.
+
+    Returns:
+        segmamba-light for a CPU; for a GPU segmamba-small where cases are small, else
+        segmamba.
+    """
+    if device.type == "cpu":
+        return "segmamba-light"
+    small = shape is not None and math.prod(shape) <= SMALL_VOXELS
+    return "segmamba-small" if small else "segmamba"
 
 
 def measure(
