@@ -138,7 +138,16 @@ def measured(name: str) -> str:
         peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.0f}"
         figures = f"{row['median_ms']:.2f} | {low:.2f} to {high:.2f} | {peak}"
         lines.append(f"{head} {figures} |")
-    return "\n".join(lines) + "\n"
+    paces = [paced(row) for row in data["measurements"] if "patches_per_s" in row]
+    return "\n".join([*lines, *(["", "; ".join(paces) + "."] if paces else [])]) + "\n"
+
+
+def paced(row: dict[str, Any]) -> str:
+    """How fast a training was fed."""
+    return (
+        f"{row['mode']}: {row['patches_per_s']:.1f} patches/s, "
+        f"GPU busy {row['gpu_busy_share']:.1%} of the time"
+    )
 
 
 STEP, ONCE = ("2x4x128^3", "training step"), ("1x4x128^3", "inference")

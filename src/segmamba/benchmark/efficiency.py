@@ -89,7 +89,7 @@ def efficiency_table(data: JsonDict) -> list[tuple[str, ...]]:
             str(rows[0]["sequence"]),
             "all (global)" if rows[0]["global"] else str(rows[0]["tokens_seen"]),
             f"{rows[0]['parameters'] / 1e6:.2f} M",
-            f"{rows[0]['multiply_adds'] / 1e9:.3g} G",
+            f"{rows[0]['multiply_adds'] / 1e9:,.0f} G",
             *(cell for row in rows for cell in _cost(row)),
         )
         for name, rows in by_mixer.items()
