@@ -244,6 +244,21 @@ def equal_minutes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def half_precision() -> str:
+    """Whether trainings in half types stayed finite."""
+    lines = [
+        "| type | data | preset | steps | skipped | not finite | mean loss, last epoch |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in load("half_precision")["rows"]:
+        lines.append(
+            f"| {row['precision']} | {row['data']} | {row['preset']} | {row['steps']} | "
+            f"{row['skipped_steps']} | {'none' if row['all_finite'] else 'some'} | "
+            f"{row['last_loss']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def agreement() -> str:
     """Share of voxels that a CPU and a GPU label differently."""
     data = load("cpu_gpu_agreement")
@@ -485,6 +500,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-brief": gpu_brief,
     "hippocampus-gpu": equal_minutes,
     "cpu-gpu-agreement": agreement,
+    "half-precision": half_precision,
     "light-tuning-first": lambda: tuning("light-tuning-first"),
     "light-tuning": lambda: tuning("light-tuning"),
     **{f"gpu-{name}": partial(measured, f"gpu_{name}") for name in MEASURED},
