@@ -247,13 +247,13 @@ def equal_minutes() -> str:
 def half_precision() -> str:
     """Whether trainings in half types stayed finite."""
     lines = [
-        "| type | data | preset | steps | skipped | not finite | mean loss, last epoch |",
+        "| type | data | preset | steps | skipped | not finite | last mean loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in load("half_precision")["rows"]:
         lines.append(
-            f"| {row['precision']} | {row['data']} | {row['preset']} | {row['steps']} | "
-            f"{row['skipped_steps']} | {'none' if row['all_finite'] else 'some'} | "
+            f"| {row['precision']} | {row['data']} | {row['preset']} | "
+            f"{row['steps']} | {row['skipped_steps']} | {'none' if row['all_finite'] else 'some'} | "
             f"{row['last_loss']:.3f} |"
         )
     return "\n".join(lines) + "\n"
