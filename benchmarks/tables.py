@@ -251,9 +251,10 @@ def half_precision() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in load("half_precision")["rows"]:
+        faulty = "none" if row["all_finite"] else "some"
         lines.append(
             f"| {row['precision']} | {row['data']} | {row['preset']} | "
-            f"{row['steps']} | {row['skipped_steps']} | {'none' if row['all_finite'] else 'some'} | "
+            f"{row['steps']} | {row['skipped_steps']} | {faulty} | "
             f"{row['last_loss']:.3f} |"
         )
     return "\n".join(lines) + "\n"
