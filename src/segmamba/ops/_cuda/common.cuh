@@ -244,3 +244,12 @@ template <int COUNT> INLINE void fold(float *values, int bit) {
         values[i] = here + __shfl_xor_sync(0xffffffffu, away, bit);
     }
 }
+
+// The same without a choice, where the partner has as its first half what is this thread's
+// second one.
+template <int COUNT> INLINE void meet(float *values, int bit) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+        values[i] += __shfl_xor_sync(0xffffffffu, values[i + COUNT / 2], bit);
+    }
+}

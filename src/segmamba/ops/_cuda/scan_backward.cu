@@ -184,14 +184,6 @@ INLINE void return_state(Walk &w, int k, int j, const float *dt, const float *x,
     w.adjoint[k][j] = now;
 }
 
-// Sum with the partner: it has the first half where this thread has the second.
-template <int COUNT> INLINE void meet(float *values, int bit) {
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; i++) {
-        values[i] += __shfl_xor_sync(0xffffffffu, values[i + COUNT / 2], bit);
-    }
-}
-
 // Walk the g-th four steps of a part back, from the states before them. Sums over channels
 // end with pairs of threads, each with a half: `finish_states` adds those.
 INLINE void return_steps(Walk &w, const Shared &m, Own &own, const Square &q, int g) {

@@ -201,14 +201,6 @@ INLINE void return_state(Walk &w, OverStates &sums, int k, int j, const float *d
     w.adjoint[k][j] = now;
 }
 
-// Sum with the partner: it has the first half where this thread has the second.
-template <int COUNT> INLINE void meet(float *values, int bit) {
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; i++) {
-        values[i] += __shfl_xor_sync(0xffffffffu, values[i + COUNT / 2], bit);
-    }
-}
-
 // Sum over a channel's threads, and put the sums where they belong.
 INLINE void put_over_states(OverStates &sums, Memory &m, const Place &p, int t) {
     float *through = &sums.through[0][0][0];
