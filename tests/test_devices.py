@@ -91,6 +91,21 @@ def test_peak_memory_is_the_most_that_was_ever_held():
     assert result.stdout.split() == ["True", "True"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells it apart")
+def test_peak_memory_is_not_that_of_the_starting_process():
+    held = torch.ones(2**28)  # 1 GiB
+    code = (
+        "import torch\n"
+        "from segmamba.devices import peak_memory_mib as peak\n"
+        "print(peak(torch.device('cpu')))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert held.numel() > 0
+    assert 50 < float(result.stdout) < 1000
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "no such device", "cuda:99"])
 def test_waking_leaves_errors_to_those_who_use_the_device(device):
     thread = wake(device)

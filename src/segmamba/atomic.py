@@ -18,6 +18,8 @@ MADE_ANEW = "Mend it; or remove it, and it is made anew."
 """The remedy for files of a run that a power cut or an editor left unreadable."""
 PREFIX = ".writing-"
 """How the names of unfinished files begin."""
+LEFTOVER_AGE_S = 600.0
+"""Older half-written files are of a killed run; younger ones may be another's."""
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from segmamba.atomic import write_json
+from segmamba.atomic import read_json, write_json
 from segmamba.benchmark.checks import NETWORK_LIMITS, relative_error
 from segmamba.benchmark.environment import fixed_arithmetic
 from segmamba.benchmark.model import build, check_network
@@ -149,8 +149,9 @@ def _keep_command(
         return _difference(folder, "whole", "command")
 
     if record.check("whole command", difference, SAME_SHARE):
-        peak = _children_peak_mib()
-        record.add(OURS, case, "whole command", **summary(times), peak_cpu_mib=peak)
+        memory = read_json(folder / "command_manifest.json")["peak_memory_mib"]
+        facts = {"peak_cpu_mib": memory["process"]}
+        record.add(OURS, case, "whole command", **summary(times), **facts)
 
 
 def _end_to_end(predictor: Predictor, files: tuple[Path, ...], folder: Path) -> float:
@@ -304,13 +305,3 @@ def _gpu_peaks(device: torch.device) -> JsonDict:
         return {"peak_mib": None}
     held = torch.cuda.max_memory_reserved(device) / 2**20
     return {"peak_mib": peak_memory_mib(device), "peak_reserved_mib": round(held, 1)}
-
-
-def _children_peak_mib() -> float | None:
-    """Most memory in MiB that a process took that this one has started."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

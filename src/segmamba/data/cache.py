@@ -16,7 +16,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from segmamba.atomic import atomic_path, read_json, remove_leftovers, write_json
+from segmamba.atomic import (
+    LEFTOVER_AGE_S,
+    atomic_path,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from segmamba.config import to_dict
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.fingerprint import read_label
@@ -32,8 +38,6 @@ from segmamba.types import Array, JsonDict
 INDEX_NAME = "cache.json"
 CACHE_VERSION = 1
 MAX_LOCATIONS = 10_000
-LEFTOVER_AGE_S = 600.0
-"""Older half-written files are of a killed run; younger ones may be another's."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def plan(
         overrides=_plan_overrides(settings),
     )
     save_plan(RunFolder(Path(run)).plan, decided)
+    atomic.remove_leftovers(Path(run), atomic.LEFTOVER_AGE_S)
     return decided
 
 
