@@ -60,22 +60,24 @@ MIB = 2**20
 
 # Peak of what PyTorch allocated on an H100, torch 2.11, bfloat16, 4 channels in and 4
 # out, batches of 2; MiB. A whole training, and steps without optimiser or average.
-TRAINED = 8945
-STEPS = [({}, 7935), ({"checkpointing": True}, 4290)]
+TRAINED = (
+    8945  # before scans kept a state every 32 steps; a step has taken 377 more since
+)
+STEPS = [({}, 8312), ({"checkpointing": True}, 4290)]
 WINDOWS = [(CUBE, 1381), ((240, 240, 160), 5179)]
 
 # The same as the whole training, counted: every allocation of the kernels' path, with
-# tensors without contents (7890 for the step that took 7935), and what waits.
+# tensors without contents (8272 for the step that took 8312), and what waits.
 COUNTED = [
-    ("segmamba", CUBE, 4, 16642),
-    ("segmamba", (64, 64, 64), 2, 1963),
-    ("segmamba", (40, 56, 40), 2, 1540),
-    ("segmamba-v1", CUBE, 2, 8931),
-    ("segmamba-v1", (96, 160, 160), 4, 19953),
-    ("segmamba-paper", CUBE, 2, 10124),
-    ("segmamba-paper", (40, 56, 40), 2, 2436),
-    ("segmamba-light", CUBE, 2, 2077),
-    ("segmamba-light", (96, 160, 160), 4, 4833),
+    ("segmamba", CUBE, 4, 17407),
+    ("segmamba", (64, 64, 64), 2, 2001),
+    ("segmamba", (40, 56, 40), 2, 1562),
+    ("segmamba-v1", CUBE, 2, 9186),
+    ("segmamba-v1", (96, 160, 160), 4, 20551),
+    ("segmamba-paper", CUBE, 2, 10506),
+    ("segmamba-paper", (40, 56, 40), 2, 2474),
+    ("segmamba-light", CUBE, 2, 2102),
+    ("segmamba-light", (96, 160, 160), 4, 4893),
 ]
 COUNTED_WINDOWS = [
     ("segmamba-v1", CUBE, 1429),
@@ -94,7 +96,7 @@ def gpu_config(name: str, **options):
 
 def test_a_training_on_a_gpu():
     config = gpu_config("segmamba")
-    assert_just_above(training_memory_mib(config, CUBE, 2, "cuda"), TRAINED)
+    assert_just_above(training_memory_mib(config, CUBE, 2, "cuda"), TRAINED + 377)
 
 
 @pytest.mark.parametrize(("options", "measured"), STEPS)

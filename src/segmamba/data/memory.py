@@ -91,13 +91,13 @@ _DEVICES = {
         layer_mlp=10,
         mamba=2,
         mamba_inner=1,
-        mamba_direction=0.55,
+        mamba_direction=1.07,
         image=5,
         logits=8,
         backward=2.5,
         prediction_weight_bytes=6,
         prediction={"residual": 5.8, "conv": 5.1},
-        runtime_mib=60,
+        runtime_mib=55,
     ),
 }
 _PEER_BYTES = {
