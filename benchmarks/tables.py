@@ -221,43 +221,62 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def equal_minutes() -> str:
     """What was tried in 240 s on a GPU, the best first; and nnU-Net beside it."""
-    lines = [
-        "| training | on | steps | ms a step | Anterior | Posterior | mean Dice |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
     data = load("hippocampus-gpu")
-    for row in data["rows"]:
-        dice = " | ".join(f"{row['dice'][x]:.4f}" for x in ("Anterior", "Posterior"))
-        lines.append(
-            f"| {row['name']} | {row['machine']} | {row['steps']} | "
-            f"{row['ms_per_step']:.1f} | {dice} | {row['mean_dice']:.4f} |"
+    header = (
+        "training",
+        "on",
+        "steps",
+        "ms a step",
+        "Anterior",
+        "Posterior",
+        "mean Dice",
+    )
+    rows = [
+        (
+            row["name"],
+            row["machine"],
+            str(row["steps"]),
+            f"{row['ms_per_step']:.1f}",
+            *(f"{row['dice'][name]:.4f}" for name in ("Anterior", "Posterior")),
+            f"{row['mean_dice']:.4f}",
         )
-    lines += ["", "| Dice, pairs by case | mean | 95 % | Wilcoxon's p |"]
-    lines += ["| --- | --- | --- | --- |"]
-    for pair in data["pairs"]:
-        low, high = (-x for x in reversed(pair["ci95"]))
-        lines.append(
-            f"| {pair['label']}: {pair['b']} minus {pair['a']} | "
-            f"{-pair['mean_difference']:+.4f} | {low:+.4f} to {high:+.4f} | "
-            f"{pair['p_wilcoxon']:.2f} |"
+        for row in data["rows"]
+    ]
+    pairs = [
+        (
+            f"{pair['label']}: {pair['b']} minus {pair['a']}",
+            f"{-pair['mean_difference']:+.4f}",
+            "{1:+.4f} to {0:+.4f}".format(*(-x for x in pair["ci95"])),
+            f"{pair['p_wilcoxon']:.2f}",
         )
+        for pair in data["pairs"]
+    ]
+    differences = "Dice, pairs by case", "mean", "95 %", "Wilcoxon's p"
+    lines = [*markdown(header, rows), "", *markdown(differences, pairs)]
     return "\n".join(lines) + "\n"
 
 
 def half_precision() -> str:
     """Whether trainings in half types stayed finite."""
-    lines = [
-        "| type | data | preset | steps | skipped | not finite | last mean loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in load("half_precision")["rows"]:
-        faulty = "none" if row["all_finite"] else "some"
-        lines.append(
-            f"| {row['precision']} | {row['data']} | {row['preset']} | "
-            f"{row['steps']} | {row['skipped_steps']} | {faulty} | "
-            f"{row['last_loss']:.3f} |"
+    header = (
+        "type",
+        "data",
+        "preset",
+        "steps",
+        "skipped",
+        "not finite",
+        "last mean loss",
+    )
+    rows = [
+        (
+            *(str(row[key]) for key in ("precision", "data", "preset", "steps")),
+            str(row["skipped_steps"]),
+            "none" if row["all_finite"] else "some",
+            f"{row['last_loss']:.3f}",
         )
-    return "\n".join(lines) + "\n"
+        for row in load("half_precision")["rows"]
+    ]
+    return "\n".join(markdown(header, rows)) + "\n"
 
 
 def agreement() -> str:
