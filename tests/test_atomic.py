@@ -160,3 +160,20 @@ def test_what_json_can_not_say_becomes_null(tmp_path: Path) -> None:
     text = (tmp_path / "x.json").read_text()
     expected = {"a": None, "1": 2.5, "p": str(tmp_path), "n": [0, 1]}
     assert json.loads(text) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_files_are_as_open_as_the_umask_says_which_nobody_changes(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def changed(mask: int) -> int:
+        raise AssertionError("threads that do this at once leave a umask of 0")
+
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", changed)
+            write_text(tmp_path / "a.txt", "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640

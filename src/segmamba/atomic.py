@@ -6,8 +6,8 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         try:
             yield temporary
             flush_file(temporary)
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             _flush_folder(path.parent)
         finally:
@@ -59,9 +58,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def _new_file_beside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:])
-    handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=suffix, dir=path.parent)
-    os.close(handle)
-    return Path(name)
+    temporary = path.parent / f"{PREFIX}{uuid.uuid4().hex}{suffix}"
+    temporary.touch(exist_ok=False)  # as open to others as any new file of the user's
+    return temporary
 
 
 def remove_leftovers(folder: Path, age_s: float = 0.0) -> None:
@@ -154,9 +153,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
