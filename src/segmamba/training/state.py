@@ -79,7 +79,8 @@ class TrainState:
 
     def note_score(self, score: float) -> bool:
         """Remember a validation's score and tell whether it is the best one."""
-        if math.isfinite(score) and score > (self.best_score or -math.inf):
+        best = -math.inf if self.best_score is None else self.best_score
+        if math.isfinite(score) and score > best:
             self.best_score, self.best_epoch = score, self.epoch + 1
             self.validations_since_best = 0
             return True
