@@ -169,6 +169,16 @@ def test_patience_ends_the_run_and_keeps_the_best_model(tiny, tmp_path):
     assert (again.stopped, again.step) == ("patience", 20)
 
 
+def test_a_score_of_zero_again_is_no_improvement(tiny, tmp_path):
+    """A network that finds nothing must lose patience too."""
+    config = changed(tiny, patience=2, max_epochs=10)
+    zero = {"score": 0.0}
+    run = tiny.make_trainer(tmp_path, config, validate=lambda network: zero)
+    result = run.fit()
+    assert (result.stopped, result.epoch, result.best_score) == ("patience", 3, 0.0)
+    assert run.state.best_epoch == 1
+
+
 def is_finished(folder) -> bool:
     return load_model_file(folder / "model.safetensors").metadata["finished"]
 
@@ -291,6 +301,32 @@ def test_a_bad_voxel_stops_and_is_named(tiny, tmp_path, precision):
     tensors, metadata = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert metadata["state"]["step"] == 7
     assert all(bool(torch.isfinite(item).all()) for item in tensors.values())
+
+
+class _Spoil(torch.autograd.Function):
+    """Gives its input, and a gradient of nan."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * math.nan
+
+
+@pytest.mark.parametrize("limit", [None, 12.0])
+def test_the_gradient_that_is_bad_is_named_not_the_first_of_all(tiny, tmp_path, limit):
+    network = tiny.TinyNetwork()
+    last = network.last.forward
+    network.last.forward = lambda x: last(x) + _Spoil.apply(network.last.bias).sum()
+    run = tiny.make_trainer(
+        tmp_path, changed(tiny, clip_grad_norm=limit), network=network
+    )
+    with pytest.raises(
+        TrainingError, match=r"first bad gradient is that of last\.bias"
+    ):
+        run.fit()
 
 
 @pytest.mark.parametrize("bad_step", [0, 7, 9, 19])

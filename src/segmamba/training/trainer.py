@@ -249,7 +249,12 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_grad_norm or math.inf
-        return loss.detach(), nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        parameters = list(self.network.parameters())
+        gradients = [item.grad for item in parameters if item.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        # A norm of nan would make every gradient nan and hide which one was it first.
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(nan=0.0))
+        return loss.detach(), norm
 
     def _is_recorded(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
