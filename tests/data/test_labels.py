@@ -75,6 +75,11 @@ def test_decoded_type_holds_every_label(values, dtype) -> None:
     assert sorted(decoded.tolist()) == sorted(values)
 
 
+def test_decoded_type_holds_the_integer_written_for_a_region() -> None:
+    scheme = LabelScheme({"background": 0, "x": 1}, {"X": (1,)}, (300,))
+    assert scheme.decode(np.array([[1.0, -1.0]])).tolist() == [300, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -82,6 +87,10 @@ def test_decoded_type_holds_every_label(values, dtype) -> None:
         ({"labels": {"b": 0}, "regions": {"x": (1,)}}, "differ in number"),
         ({"labels": {"b": 0, "x": 1}, "ignore_label": 1}, "ignore label"),
         ({"labels": {"b": 0, "x": 40000}}, "too large"),
+        (
+            {"labels": {"b": 0}, "regions": {"x": (0,)}, "regions_order": (40000,)},
+            "too large",
+        ),
     ],
 )
 def test_contradictions_are_refused(arguments, says) -> None:

@@ -37,12 +37,13 @@ class LabelScheme:
                 )
             )
         limits = np.iinfo(np.int16)
-        if any(not limits.min <= value <= limits.max for value in self.known_values):
+        named = sorted({*self.known_values, *self.regions_order})
+        if named[0] < limits.min or named[-1] > limits.max:
             raise ConfigError(
                 describe(
                     "a label is too large",
                     expected=f"integers from {limits.min} to {limits.max}",
-                    found=self.known_values,
+                    found=named,
                 )
             )
         if self.ignore_label is not None and self.ignore_label in self.labels.values():
@@ -125,8 +126,8 @@ class LabelScheme:
         Returns:
             Integers of the data set, of shape (...): uint8, or int16 if need be.
         """
-        low, high = self.known_values[0], self.known_values[-1]
-        dtype = np.uint8 if low >= 0 and high < 256 else np.int16
+        named = {*self.known_values, *self.regions_order}
+        dtype = np.uint8 if min(named) >= 0 and max(named) < 256 else np.int16
         if not self.regions:
             values = np.asarray(self.class_values, dtype)
             return values[np.argmax(logits, axis=0)]
