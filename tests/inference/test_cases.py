@@ -15,7 +15,9 @@ from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan
 from segmamba.errors import ConfigError
 from segmamba.inference.cases import InputCase, predict_cases
+from segmamba.inference.prediction import Prediction
 from segmamba.inference.predictor import Predictor
+from segmamba.inference.record import volumes_ml
 
 SCHEME = LabelScheme({"background": 0, "bright": 1})
 
@@ -104,6 +106,13 @@ def test_the_record_tells_all(folder, tmp_path):
     assert found["shape"] == [6, 7, 8]
     assert found["volumes_ml"] == {"bright": np.count_nonzero(scan(0) > 5) / 1000}
     assert "b.nii.gz" in record["cases"]["b"]["error"]
+
+
+def test_volumes_of_negative_integers():
+    scheme = LabelScheme({"background": 0, "low": -2, "high": 1, "none": 9})
+    label_map = np.array([-2, -2, 0, 1], np.int16).reshape(2, 2, 1)
+    found = Prediction(label_map, np.diag([10.0, 10.0, 10.0, 1.0]))
+    assert volumes_ml(found, scheme) == {"low": 2.0, "high": 1.0, "none": 0.0}
 
 
 def test_a_rerun_does_only_what_is_missing(folder, tmp_path):

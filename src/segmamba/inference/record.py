@@ -241,19 +241,18 @@ def volumes_ml(found: Prediction, scheme: LabelScheme) -> dict[str, float]:
     voxel_ml = abs(float(np.linalg.det(found.affine[:3, :3]))) / 1000
     counts = _count_values(found.label_map)
     return {
-        name: round(
-            voxel_ml * int(counts[[v for v in group if v < len(counts)]].sum()), 6
-        )
+        name: round(voxel_ml * sum(counts.get(value, 0) for value in set(group)), 6)
         for name, group in scheme.evaluated.items()
     }
 
 
-def _count_values(label_map: Array) -> Array:
+def _count_values(label_map: Array) -> dict[int, int]:
     """Count each integer, plane by plane: all at once would take 8 bytes a voxel."""
-    total = np.zeros(int(label_map.max(initial=0)) + 1, np.int64)
+    low, high = int(label_map.min(initial=0)), int(label_map.max(initial=0))
+    total = np.zeros(high - low + 1, np.int64)
     for plane in label_map:
-        total += np.bincount(plane.ravel(), minlength=len(total))
-    return total
+        total += np.bincount(plane.ravel().astype(np.int64) - low, minlength=len(total))
+    return dict(enumerate(total.tolist(), start=low))
 
 
 def describe_outputs(files: Sequence[Path], folder: Path) -> JsonDict:
