@@ -259,6 +259,7 @@ def test_integer_type_is_given_only_without_loss(tmp_path: Path) -> None:
         (values, np.uint8, "from 0.0 to 300.0"),
         (values + 0.5, np.int16, "4 fractional"),
         (values * np.nan, np.int16, "NaN"),
+        (np.full_like(values, 2.0**31), np.int32, "from 2147483648"),
     ):
         save(path, bad)
         with pytest.raises(FormatError, match=says):

@@ -208,6 +208,13 @@ def test_very_long_axis_needs_nifti_2(tmp_path: Path) -> None:
         ("x.nii", block() + 0.5, np.eye(4), FormatError, "fractions"),
         ("x.nii", block() * np.nan, np.eye(4), FormatError, "NaN"),
         ("x.nii", block() + 2**31, np.eye(4), FormatError, "too large"),
+        (
+            "x.nii",
+            np.full((1, 1, 1), 2.0**31, "f4"),
+            np.eye(4),
+            FormatError,
+            "too large",
+        ),
         ("x.nii", block()[0], np.eye(4), GeometryError, "three axes"),
         ("x.nii", block(), np.zeros((4, 4)), GeometryError, "singular"),
         ("x.nii", block(), np.eye(3), GeometryError, "shape"),

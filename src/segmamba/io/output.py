@@ -99,8 +99,9 @@ def _label_type(label_map: Array, path: Path) -> np.dtype[Any]:
                 "a label map holds fractions or NaN", expected="integers", file=path
             )
         )
+    # As Python's integers: float32 rounds the limit of int32 up, to 2^31.
     for name in ("uint8", "int16", "int32"):
-        if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
+        if np.iinfo(name).min <= int(low) and int(high) <= np.iinfo(name).max:
             return np.dtype(name)
     raise FormatError(
         describe(

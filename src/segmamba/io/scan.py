@@ -245,7 +245,8 @@ def _check_fits(stored: Array, target: np.dtype[Any], path: Path) -> None:
     found = None
     if not np.isfinite(stored).all():
         found = "NaN or infinite voxels"
-    elif stored.min() < limits.min or stored.max() > limits.max:
+    # As Python's integers: float32 rounds the limit of int32 up, to 2^31.
+    elif int(stored.min()) < limits.min or int(stored.max()) > limits.max:
         found = f"values from {stored.min()} to {stored.max()}"
     elif stored.dtype.kind == "f" and (stored != np.rint(stored)).any():
         found = f"{np.count_nonzero(stored != np.rint(stored))} fractional voxels"
