@@ -135,6 +135,14 @@ def test_a_file_without_a_channels_name_is_a_problem(tmp_path):
     assert "none of the model's channels" in stray.problem
 
 
+def test_a_case_whose_name_begins_like_another_is_not_dropped(tmp_path):
+    touch(tmp_path, "c_1_CT.nii", "c_1_PET.nii", "c_1_T1.nii", "c_1.nii", "c_10.nii")
+    good, stray = find_cases(tmp_path, ["CT", "PET"])
+    assert (good.id, good.problem) == ("c_1", None)
+    assert stray.id == "c_10"
+    assert "none of the model's channels" in (stray.problem or "")
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(FormatError, match="no such"):
         find_cases(tmp_path / "gone", ["CT"])

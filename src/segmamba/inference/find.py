@@ -255,9 +255,10 @@ def _from_scans(
         cases = [_complete(*item, channels, folder) for item in groups.items()]
         used = {path for group in groups.values() for path in group.values()}
         rest = [path for path in scans if path not in used and not _is_label(path)]
-        # A contrast that the model doesn't use is no case of its own.
-        ids = tuple(groups)
-        rest = [path for path in rest if not strip_suffix(path).startswith(ids)]
+        # A contrast that the model doesn't use is no case of its own; but case_10 is
+        # none of case_1.
+        ids = tuple(case + sign for case in groups for sign in "-_.")
+        rest = [path for path in rest if not f"{strip_suffix(path)}_".startswith(ids)]
         return cases + [_ungrouped(path, channels) for path in rest]
     return [InputCase(strip_suffix(path), (path,)) for path in scans]
 
