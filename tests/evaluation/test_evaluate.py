@@ -195,6 +195,23 @@ def test_missing_and_empty_folders_are_errors(folders, tmp_path):
         evaluate_folder(tmp_path / "empty", references)
 
 
+def test_two_predictions_of_one_case_are_refused(folders):
+    predictions, references = folders
+    write_label_map(predictions / "b.nrrd", label_map(), AFFINE)
+    with pytest.raises(FormatError, match=r"b\.nii\.gz and b\.nrrd"):
+        evaluate_folder(predictions, references)
+
+
+@pytest.mark.parametrize("ending", ["-seg", "_seg"])
+def test_a_label_map_goes_before_the_image_beside_it(folders, ending):
+    predictions, references = folders
+    (references / "b.nii.gz").rename(references / f"b{ending}.nii.gz")
+    write_label_map(references / "b.nii.gz", label_map() + 1, AFFINE)  # an image
+    metrics = evaluate_folder(predictions, references)
+    assert metrics["cases"]["b"]["1"]["dice"] == 0.75
+    assert set(metrics["summary"]) == {"1", "2"}
+
+
 def test_a_broken_file_is_named(folders):
     predictions, references = folders
     (predictions / "b.nii.gz").write_bytes(b"not a scan")

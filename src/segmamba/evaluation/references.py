@@ -57,8 +57,8 @@ def pair_files(
         The pairs, sorted by id.
 
     Raises:
-        FormatError: A folder is missing or has no label maps, nothing matches, or a
-            reference lacks its prediction.
+        FormatError: A folder is missing or has no label maps, or several of one case;
+            nothing matches; or a reference lacks its prediction.
     """
     predicted = _label_maps(Path(predictions), "predictions")
     known, dataset = _known(references)
@@ -112,7 +112,11 @@ def _label_maps(path: Path, what: str) -> dict[str, Path]:
     if path.is_file():
         return {_case_id(path): path}
     files = sorted(path.iterdir()) if path.is_dir() else []
-    found = {_case_id(file): file for file in files if is_scan(file)}
+    # Of case and case-seg, the latter is the label map: it comes last, and stays.
+    scans = sorted(filter(is_scan, files), key=_ends_in_seg)
+    found = {_case_id(file): file for file in scans}
+    for file in scans:
+        _require_one(file, found[_case_id(file)], what)
     if not found:
         raise FormatError(
             describe(
@@ -123,6 +127,24 @@ def _label_maps(path: Path, what: str) -> dict[str, Path]:
             )
         )
     return found
+
+
+def _require_one(file: Path, chosen: Path, what: str) -> None:
+    """Refuse to choose between files such as case.nii and case.nii.gz."""
+    if file != chosen and _ends_in_seg(file) == _ends_in_seg(chosen):
+        raise FormatError(
+            describe(
+                f"two files are {what} of one case",
+                expected="one label map a case",
+                found=f"{file.name} and {chosen.name}",
+                file=file.parent,
+                remedy="Move one of them away.",
+            )
+        )
+
+
+def _ends_in_seg(path: Path) -> bool:
+    return strip_suffix(path) != _case_id(path)
 
 
 def _case_id(path: Path) -> str:
