@@ -264,6 +264,20 @@ def test_channels_of_a_case(tmp_path: Path) -> None:
     )
 
 
+def test_channels_of_one_name_in_two_folders_all_count(tmp_path: Path) -> None:
+    """Cases that share their last channel only, such as an atlas, are no copies."""
+    scheme = LabelScheme(labels={"background": 0, "x": 1})
+    cases = []
+    for seed, name in enumerate(("p", "q"), start=1):
+        files = (
+            image(tmp_path / f"t1/{name}.nii", seed),
+            image(tmp_path / f"atlas/{name}.nii", 0),
+        )
+        cases.append(Case(name, files, label(tmp_path / f"l/{name}.nii", (1,))))
+    dataset = Dataset("d", tmp_path, "csv", ("t1", "a"), scheme, tuple(cases))
+    assert check_dataset(dataset).problems == ()
+
+
 def test_brats_case_without_label_beside_labelled_ones(tmp_path: Path) -> None:
     for index, name in enumerate(("s1", "s2", "s3")):
         for place, kind in enumerate(("t1n", "t1c", "t2w", "t2f")):

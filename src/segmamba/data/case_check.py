@@ -60,7 +60,7 @@ class CaseReader:
         self.case = case
         self.facts = CaseFacts(case)
         self._first: Volume | None = None
-        self._hashes: dict[str, str] = {}
+        self._hashes: list[tuple[str, str]] = []  # of each channel: name and sum
         self._constant = True
         self._channels: int | None = 0
 
@@ -74,7 +74,7 @@ class CaseReader:
             self._check_image(path)
         self._check_channels()
         if self._channels is not None and not self._constant:
-            joined = "".join(self._hashes.values())
+            joined = "".join(content for _, content in self._hashes)
             self.facts.content = hashlib.sha256(joined.encode()).hexdigest()
         if self.case.label is not None:
             self._check_label(self.case.label)
@@ -114,11 +114,11 @@ class CaseReader:
         self._constant = False
         content = hash_voxels(channel)
         name = f"{path.name}, channel {index}" if index else path.name
-        if content in self._hashes.values():
-            twin = next(k for k, v in self._hashes.items() if v == content)
+        twin = next((other for other, sum_ in self._hashes if sum_ == content), None)
+        if twin is not None:
             text = f"holds the same voxels as {twin}"
             self._add(path, "identical-channels", text, "note")
-        self._hashes[name] = content
+        self._hashes.append((name, content))
 
     def _compare_grid(self, path: Path, volume: Volume) -> None:
         if self._first is None:
