@@ -89,10 +89,12 @@ def _raise_named(future: Future[Result], case_id: str) -> None:
     if isinstance(error, SegMambaError):
         raise type(error)(f"case {case_id}: {error}") from error
     if isinstance(error, (OSError, MemoryError)):
+        gone = isinstance(error, FileNotFoundError)
+        first = "Put the file back" if gone else "Free disk space or memory"
         text = describe(
             f"case {case_id} failed",
             found=f"{type(error).__name__}: {error}",
-            remedy="Free disk space or memory, then run the same again.",
+            remedy=f"{first}, then run the same again.",
         )
         raise SegMambaError(text) from error
     raise error
