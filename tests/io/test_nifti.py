@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +114,27 @@ def test_sform_is_preferred_then_qform_then_voxel_sizes(cube: Path) -> None:
     assert np.allclose(read_volume(both).affine, tilted, atol=1e-6)
     patch(both, 252, "<h", 0)  # qform_code
     assert np.array_equal(read_volume(both).affine, nib.load(both).affine)
+
+
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (1, 1), (0, 0)])
+@pytest.mark.parametrize("unit", ["micron", "meter", "mm", "unknown"])
+def test_lengths_in_any_unit_become_mm_as_in_itk(tmp_path: Path, unit, codes) -> None:
+    affine = np.diag([-50.0, -60.0, 70.0, 1.0])
+    affine[:3, 3] = [100, 110, 120]
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), affine)
+    image.header.set_xyzt_units(unit, "sec")
+    nib.save(image, tmp_path / "x.nii")
+    patch(tmp_path / "x.nii", 252, "<hh", *codes[::-1])
+    header, oracle = (read(tmp_path / "x.nii") for read in (read_header, _itk))
+    assert np.allclose(header.spacing_mm, oracle.GetSpacing(), rtol=1e-6)
+    if any(codes):  # without any, ITK puts the first voxel's centre at 0
+        lps = header.affine[:3, 3] * (-1, -1, 1)
+        assert np.allclose(lps, oracle.GetOrigin(), rtol=1e-5)
+    assert header.notes == ()
+
+
+def _itk(path: Path):
+    return sitk.ReadImage(str(path))
 
 
 def test_qfac_of_zero_means_one(cube: Path) -> None:

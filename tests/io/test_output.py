@@ -133,6 +133,24 @@ def test_codes_units_and_numbers_come_from_the_scan(tmp_path: Path) -> None:
     assert ours.get_data_dtype() == np.uint8
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 0.001), ("meter", 1000.0)])
+def test_units_of_the_scan_hold_for_its_label_map(tmp_path: Path, unit, mm) -> None:
+    image = nib.Nifti1Image(block(dtype=np.int16), oblique())
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "scan.nii")
+    scan = read_volume(tmp_path / "scan.nii")
+    write_label_map(tmp_path / "x.nii", block(), scan.affine, like=scan.path)
+    same = nib.load(tmp_path / "x.nii")
+    assert same.header.get_xyzt_units()[0] == unit
+    assert np.array_equal(same.affine, nib.load(scan.path).affine)
+    assert np.allclose(scan.affine[:3], same.affine[:3] * mm)
+    moved = scan.affine.copy()
+    moved[0, 3] += 1
+    write_label_map(tmp_path / "x.nii", block(), moved, like=scan.path)
+    assert nib.load(tmp_path / "x.nii").header.get_xyzt_units()[0] == "mm"
+    assert np.allclose(read_volume(tmp_path / "x.nii").affine, moved)
+
+
 @pytest.mark.parametrize("codes", [(0, 1), (1, 0), (0, 0), (2, 1)])
 def test_affine_survives_whatever_codes_the_scan_has(tmp_path: Path, codes) -> None:
     image = nib.Nifti1Image(block(dtype=np.int16), None)

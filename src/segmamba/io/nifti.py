@@ -23,6 +23,8 @@ from segmamba.io.inflation import check_room, inflate
 from segmamba.types import Array, FloatArray, Size3
 
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+"""By the first three bits of xyzt_units: metres and micrometres; all else is mm."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class NiftiHeader:
     def is_scaled(self) -> bool:
         """Whether stored numbers are not yet the values."""
         return (self.slope, self.intercept) != (1.0, 0.0)
+
+    @property
+    def is_in_mm(self) -> bool:
+        """Whether the header's lengths are millimetres, as the affine's always are."""
+        return _mm_per_unit(self.raw) == 1
 
     @property
     def num_bytes(self) -> int:
@@ -173,7 +180,15 @@ def _affine(path: Path, raw: Nifti1Header) -> FloatArray:
     if int(raw["sform_code"]) <= 0:
         return _unsheared(path, raw)
     with np.errstate(all="ignore"):  # checked afterwards
-        return checked_affine(raw.get_sform(), path)
+        return checked_affine(_in_mm(raw.get_sform(), raw), path)
+
+
+def _mm_per_unit(raw: Nifti1Header) -> float:
+    return _MM_PER_UNIT.get(int(raw["xyzt_units"]) & 7, 1.0)
+
+
+def _in_mm(affine: Any, raw: Nifti1Header) -> FloatArray:
+    return np.concatenate([affine[:3] * _mm_per_unit(raw), affine[3:]])
 
 
 def _unsheared(path: Path, raw: Nifti1Header) -> FloatArray:
@@ -188,7 +203,7 @@ def _unsheared(path: Path, raw: Nifti1Header) -> FloatArray:
             affine = fixed.get_best_affine()
         except (HeaderDataError, ValueError) as error:
             raise _bad_header(path, "a valid qform", str(error)) from error
-        return checked_affine(affine, path)
+        return checked_affine(_in_mm(affine, raw), path)
 
 
 def _contradictions(
@@ -200,7 +215,7 @@ def _contradictions(
     notes = []
     true = np.linalg.norm(affine[:3, :3], axis=0)
     with np.errstate(all="ignore"):
-        stated = np.asarray(raw["pixdim"][1:4], np.float64)
+        stated = np.asarray(raw["pixdim"][1:4], np.float64) * _mm_per_unit(raw)
     if not np.allclose(stated, true, rtol=1e-2, atol=1e-4):
         found = f"{_mm(stated)} in pixdim, {_mm(true)} in the sform"
         notes.append(f"voxel sizes contradict each other: {found}, which counts")

@@ -47,7 +47,7 @@ def write_label_map(
         affine: (4, 4), voxel index to RAS+ in mm.
         like: The scan that was segmented; if it and `path` are NIfTI, its units, its
             sform and qform codes and, on the same grid, its very header numbers are
-            taken over.
+            taken over. On another grid, metres and micrometres become mm.
 
     Raises:
         ConfigError: The name's ending is none of a scan.
@@ -196,6 +196,8 @@ def _place(header: Any, affine: FloatArray, like: NiftiHeader | None) -> None:
             header[name] = like.raw[name]
         header["pixdim"][:4] = like.raw["pixdim"][:4]
         return
+    if like is not None and not like.is_in_mm:
+        header.set_xyzt_units("mm")
     sform, qform = _SCANNER_CODE, _SCANNER_CODE
     if like is not None:
         sform = int(like.raw["sform_code"]) or int(like.raw["qform_code"]) or sform
