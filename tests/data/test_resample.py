@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -154,3 +155,14 @@ def test_a_stream_of_slabs_is_the_whole_in_pieces(before, after, parts, cuts, se
     if before[1:] == after[1:]:  # torch's interpolation depends on the piece's size
         assert torch.equal(found, whole)
     torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)
+
+
+def test_label_maps_take_few_bytes_a_labelled_voxel():
+    label = np.ones((40, 80, 80), np.int16)
+    tracemalloc.start()
+    try:
+        resample_label_map(label, (40, 76, 76))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * label.size  # their places alone took 48

@@ -16,6 +16,7 @@ import scipy
 import torch
 from torch.nn import functional
 
+from segmamba.data.geometry import nonzero_box
 from segmamba.types import Array, Size3, Spacing3
 
 SLAB_BYTES = 64 * 2**20
@@ -75,18 +76,17 @@ def resample_label_map(label_map: Array, shape: Size3) -> Array:
     if label_map.shape == tuple(shape):
         return label_map
     result = np.zeros(shape, label_map.dtype)
-    labelled = np.argwhere(label_map)
-    if len(labelled) == 0:
+    if not label_map.any():
         return result
-    first, last = labelled.min(axis=0), labelled.max(axis=0)
+    box = nonzero_box(label_map[None])
     taps, inner, outer = [], [], []
-    for axis in range(3):
+    for axis, (first, stop) in enumerate(box):
         low, high, weight = _taps(label_map.shape[axis], shape[axis])
-        touched = np.flatnonzero((high >= first[axis]) & (low <= last[axis]))
+        touched = np.flatnonzero((high >= first) & (low < stop))
         if len(touched) == 0:  # lies between the voxels of a much coarser grid
             return result
-        start, stop = low[touched[0]], high[touched[-1]] + 1
-        inner.append(slice(start, stop))
+        start = low[touched[0]]
+        inner.append(slice(start, high[touched[-1]] + 1))
         outer.append(slice(touched[0], touched[-1] + 1))
         taps.append((low[touched] - start, high[touched] - start, weight[touched]))
     result[tuple(outer)] = _heaviest_label(label_map[tuple(inner)], taps)
