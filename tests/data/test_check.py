@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from segmamba.atomic import write_json
+from segmamba.data.case_check import CaseFacts, check_case
 from segmamba.data.check import CheckReport, check_dataset
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.labels import LabelScheme
@@ -314,6 +316,23 @@ def test_workers_do_not_change_the_report(root: Path) -> None:
     assert check_dataset(root, workers=1) == check_dataset(root, workers=4)
     with pytest.raises(ConfigError, match="workers"):
         check_dataset(root, workers=0)
+
+
+def test_an_interrupt_ends_it_before_all_is_read(root: Path, monkeypatch) -> None:
+    begun = []
+
+    def look(dataset: Dataset, case: Case) -> CaseFacts:
+        begun.append(case.id)
+        time.sleep(0.05)
+        return check_case(dataset, case)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segmamba.data.check.check_case", look)
+    with pytest.raises(KeyboardInterrupt):
+        check_dataset(root, workers=1, progress=interrupt)
+    assert len(begun) < 4
 
 
 def test_no_data_set_raises(tmp_path: Path) -> None:

@@ -123,9 +123,12 @@ def check_dataset(
         else load_dataset(path_or_dataset)
     )
     count = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count) as pool:
+    pool = ThreadPoolExecutor(count)
+    try:
         facts = _check_cases(dataset, pool, progress)
         stray = list(pool.map(_check_stray, _find_stray_files(dataset)))
+    finally:  # Ctrl-C must not wait for all that hasn't begun
+        pool.shutdown(cancel_futures=True)
     problems = [problem for fact in facts for problem in fact.problems]
     problems += [problem for group in stray for problem in group]
     problems += _repeated_ids(dataset)
