@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,26 @@ def test_large_cases_stay_on_disk_and_few_are_open(
     held = MappedCases(tmp_path, 10)
     monkeypatch.undo()
     assert torch.equal(one.batch(7).image, read_all(held).batch(7).image)
+
+
+def test_threads_that_open_a_case_together_keep_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases_module, "HELD_BYTES", 2 * 9 * 8 * 7 * 10)
+    cases, met = MappedCases(tmp_path, 2), threading.Barrier(2, timeout=60)
+    load = cases.load
+
+    def together(case_id: str) -> Case:
+        if case_id == "0":
+            met.wait()
+        return load(case_id)
+
+    monkeypatch.setattr(cases, "load", together)
+    opened = cases_module.OpenCases(cases, SCHEME)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(opened, ["0", "0"])
+    assert one is other
+    assert opened("1").image.flags.owndata  # there is room for it in memory
 
 
 # ---- wrong arguments ----------------------------------------------------------------

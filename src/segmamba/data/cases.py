@@ -105,6 +105,10 @@ class OpenCases:
             self._held_bytes += size * keep
         make = np.array if keep else np.asarray
         case = replace(case, image=make(case.image), label=make(case.label))
-        if keep:
-            self._held[case.id] = case
-        return case
+        if not keep:
+            return case
+        with self._lock:
+            held = self._held.setdefault(case.id, case)
+            if held is not case:  # another thread was first
+                self._held_bytes -= size
+        return held
