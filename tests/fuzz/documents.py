@@ -144,9 +144,9 @@ def _config(path: Path) -> None:
     """Go all the way from a file of settings to a plan and a training."""
     settings = load_settings(path)
     name = settings.preset or "segmamba-light"
-    network = preset_config(name, **steps._network_overrides(settings, name))
+    network = preset_config(name, **steps.network_overrides(settings, name))
     fingerprint = from_dict(Fingerprint, FINGERPRINT)
-    overrides = steps._plan_overrides(settings)
+    overrides = steps.plan_overrides(settings, name)
     plan = make_plan(
         fingerprint, DATASET, network=network, memory_mib=4096, overrides=overrides
     )

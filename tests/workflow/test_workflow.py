@@ -97,6 +97,16 @@ def test_another_preset_needs_another_run(project: Path) -> None:
         workflow.train(project / "data", project / "run", preset="segmamba-v1")
 
 
+def test_strides_of_the_settings_are_planned(project: Path, tmp_path: Path) -> None:
+    data = {"strides": [[1, 2, 2], [2, 2, 1]], "dims": [8, 16], "depths": [0, 1]}
+    settings = workflow.RunSettings(preset="segmamba-light", network=data)
+    decided = workflow.plan(
+        project / "data", tmp_path, config=settings, device="cpu", memory_mib=4000
+    )
+    assert decided.network.strides == ((1, 2, 2), (2, 2, 1))
+    assert decided.network.dims == (8, 16)
+
+
 def test_broken_data_are_refused_before_planning(project: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(project / "data", data)

@@ -100,20 +100,20 @@ def plan(
     target = resolve_device(device)
     named = preset or settings.preset
     name = named or default_preset(target)
-    network = preset_config(name, **_network_overrides(settings, name))
+    network = preset_config(name, **network_overrides(settings, name))
     if isinstance(network, PeerConfig):  # a missing package shows before long work
         footprint(network)
     dataset, fingerprint = measure(data, RunFolder(Path(run)), progress)
     if not named:
         name = default_preset(target, fingerprint.median_shape)
-        network = preset_config(name, **_network_overrides(settings, name))
+        network = preset_config(name, **network_overrides(settings, name))
     decided = make_plan(
         fingerprint,
         dataset,
         network=network,
         device=str(target),
         memory_mib=memory_mib,
-        overrides=_plan_overrides(settings),
+        overrides=plan_overrides(settings, name),
     )
     save_plan(RunFolder(Path(run)).plan, decided)
     atomic.remove_leftovers(Path(run), atomic.LEFTOVER_AGE_S)
@@ -202,7 +202,19 @@ def _require_sound(report: CheckReport, data: Path | str) -> None:
     )
 
 
-def _network_overrides(settings: RunSettings, preset: str) -> dict[str, Any]:
+def network_overrides(settings: RunSettings, preset: str) -> dict[str, Any]:
+    """Give what the section network says, checked.
+
+    Args:
+        settings: The settings.
+        preset: The network that they are of.
+
+    Returns:
+        Fields of its configuration.
+
+    Raises:
+        ConfigError: A key is unknown, a value has the wrong type, or there is a name.
+    """
     if "name" in settings.network:
         raise ConfigError(
             describe(
@@ -217,7 +229,19 @@ def _network_overrides(settings: RunSettings, preset: str) -> dict[str, Any]:
     return {key: getattr(checked, key) for key in settings.network}
 
 
-def _plan_overrides(settings: RunSettings) -> dict[str, Any]:
+def plan_overrides(settings: RunSettings, preset: str) -> dict[str, Any]:
+    """Give what the settings decide of a plan: its section, and the network's strides.
+
+    Args:
+        settings: The settings.
+        preset: The network that they are of.
+
+    Returns:
+        What `make_plan` takes. It fits all else of a network to the data.
+
+    Raises:
+        ConfigError: As `network_overrides`; or the section plan holds a network.
+    """
     if "network" in settings.plan:
         raise ConfigError(
             describe(
@@ -225,7 +249,9 @@ def _plan_overrides(settings: RunSettings) -> dict[str, Any]:
                 expected="a section network beside the section plan",
             )
         )
-    return dict(settings.plan)
+    strides = network_overrides(settings, preset).get("strides")
+    network = {"network": {"strides": strides}} if strides else {}
+    return {**settings.plan, **network}
 
 
 def load_run_plan(run: RunFolder) -> Plan:
