@@ -45,6 +45,13 @@ def test_a_series_is_read_as_itk_reads_it(tmp_path: Path) -> None:
     assert volume.spacing_mm == pytest.approx((0.75, 1.5, 2.5))
 
 
+def test_a_slope_of_zero_is_none_as_in_itk(tmp_path: Path) -> None:
+    make.write(tmp_path, make.datasets(RescaleSlope=0, RescaleIntercept=-7))
+    volume = read_dicom(tmp_path)
+    np.testing.assert_array_equal(volume.array[0], oracle(tmp_path)[0])
+    np.testing.assert_array_equal(volume.array[0], make.voxels().T - 7)
+
+
 def test_slices_against_the_normal_come_out_the_same(tmp_path: Path) -> None:
     make.write(tmp_path / "a", make.datasets())
     make.write(tmp_path / "b", make.datasets()[::-1])

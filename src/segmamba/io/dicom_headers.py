@@ -201,7 +201,8 @@ def _slice(data: Any, file: DicomFile, frame: int, places: Sequence[Any]) -> Sli
             _find(places, "PixelMeasuresSequence", "PixelSpacing"), 2
         ),
         size=(int(data.Rows), int(data.Columns)),
-        slope=1.0 if slope in (None, "") else _finite(slope),
+        # No slope can be 0: all voxels would be alike. GDCM and dcm2niix take 1 too.
+        slope=1.0 if slope in (None, "") else _finite(slope) or 1.0,
         intercept=0.0 if intercept in (None, "") else _finite(intercept),
         number=_integer(data.get("InstanceNumber")),
     )
