@@ -92,8 +92,8 @@ def iterate_files(source: Path) -> Iterator[tuple[DicomFile, IO[bytes]]]:
         source: A folder, an archive, or one DICOM file.
 
     Yields:
-        The file, and a stream of its bytes that is valid until the next one. Links
-        are not followed; files that don't begin as DICOM files do are left out.
+        The file, and a stream of its bytes that is valid until the next one. Links to
+        folders are not followed; files that don't begin as DICOM files do are left out.
 
     Raises:
         FormatError: There is no such path; an archive is broken, too large, or holds
