@@ -89,6 +89,14 @@ def test_a_cached_case_is_the_preprocessed_one(dataset, tmp_path):
         cache.load("c9")
 
 
+def test_a_case_may_be_called_cache(dataset, tmp_path):
+    case = dataclasses.replace(dataset.cases[0], id="cache")
+    dataset = dataclasses.replace(dataset, cases=(case,))
+    cached = build_cache(dataset, PLAN, tmp_path / "cache").load("cache")
+    assert cached.id == "cache"
+    assert open_cache(tmp_path / "cache", PLAN).case_ids == ("cache",)
+
+
 def test_what_fits_is_kept(dataset, tmp_path):
     folder = tmp_path / "cache"
     build_cache(dataset, PLAN, folder)

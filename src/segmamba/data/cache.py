@@ -35,7 +35,8 @@ from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
 from segmamba.io import read_case
 from segmamba.types import Array, JsonDict
 
-INDEX_NAME = "cache.json"
+INDEX_NAME = ".cache.json"
+"""Begins with a dot, as the files of no case do: one may be called "cache"."""
 CACHE_VERSION = 1
 MAX_LOCATIONS = 10_000
 
