@@ -22,7 +22,7 @@ from segmamba.data.labels import LabelScheme
 from segmamba.data.plan import ChannelNormalization, Plan, plan_hash
 from segmamba.data.preprocess import preprocess_image, preprocess_label
 from segmamba.errors import ConfigError, FormatError, SegMambaError
-from segmamba.io import read_case, read_volume
+from segmamba.io import read_case, read_volume, write_volume
 
 SCHEME = LabelScheme({"background": 0, "a": 1, "b": 3})
 PLAN = Plan(
@@ -119,6 +119,21 @@ def test_a_changed_source_is_noticed(dataset, tmp_path):
     cache = build_cache(dataset, PLAN, folder)
     assert changed(before, states(folder)) == {"c1", "c3"}
     assert len(cache.load("c3").foreground[1]) == 0
+
+
+def test_changed_voxels_beside_their_header_are_noticed(dataset, tmp_path):
+    volume = read_volume(dataset.cases[0].images[0])
+    write_volume(tmp_path / "c0.mhd", volume)
+    case = dataclasses.replace(dataset.cases[0], images=(tmp_path / "c0.mhd",))
+    dataset = dataclasses.replace(dataset, cases=(case,))
+    before = build_cache(dataset, PLAN, tmp_path / "cache").load("c0").image[0].copy()
+    header = (tmp_path / "c0.mhd").read_bytes()
+    inverted = dataclasses.replace(volume, array=-volume.array)
+    write_volume(tmp_path / "other" / "c0.mhd", inverted)
+    (tmp_path / "other" / "c0.zraw").replace(tmp_path / "c0.zraw")
+    assert (tmp_path / "c0.mhd").read_bytes() == header
+    after = build_cache(dataset, PLAN, tmp_path / "cache").load("c0").image[0]
+    np.testing.assert_allclose(after, -before, atol=2e-3)
 
 
 def test_changed_labels_are_noticed(dataset, tmp_path):

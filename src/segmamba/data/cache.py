@@ -32,7 +32,7 @@ from segmamba.data.parallel import Progress, for_each_case
 from segmamba.data.plan import Plan, plan_hash
 from segmamba.data.preprocess import preprocess_image, preprocess_label
 from segmamba.errors import ConfigError, FormatError, SegMambaError, describe
-from segmamba.io import read_case
+from segmamba.io import read_case, scan_files
 from segmamba.types import Array, JsonDict
 
 INDEX_NAME = ".cache.json"
@@ -278,9 +278,10 @@ def _is_done(files: _CaseFiles, key: str) -> bool:
 def _case_key(case: Case, plan: Plan, scheme: LabelScheme) -> str:
     """Fingerprint of all that a cached case depends on."""
     sources: list[Any] = []
-    for path in (*case.images, *([case.label] if case.label else [])):
-        state = path.stat()
-        sources.append((path.name, state.st_size, state.st_mtime_ns))
+    for scan in (*case.images, *([case.label] if case.label else [])):
+        for path in scan_files(scan):
+            state = path.stat()
+            sources.append((path.name, state.st_size, state.st_mtime_ns))
     parts: JsonDict = {
         "version": CACHE_VERSION,
         "plan": plan_hash(plan),

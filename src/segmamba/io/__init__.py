@@ -20,6 +20,7 @@ from segmamba.io.scan import (
     read_case,
     read_header,
     read_volume,
+    scan_files,
 )
 from segmamba.io.volume import Volume
 from segmamba.io.whole import is_whole
@@ -45,6 +46,7 @@ __all__ = [
     "read_header",
     "read_series",
     "read_volume",
+    "scan_files",
     "strip_suffix",
     "write_dicom_rtstruct",
     "write_dicom_seg",

@@ -80,6 +80,27 @@ def read_header(path: Path | str) -> VolumeHeader:
     )
 
 
+def scan_files(path: Path | str) -> tuple[Path, ...]:
+    """Name the files that a scan consists of.
+
+    Args:
+        path: A NIfTI, NRRD, MHA or MHD file; the header is read of the latter two.
+
+    Returns:
+        The file, and the one with its voxels if they lie beside it (MHD).
+
+    Raises:
+        FormatError: A header is broken, or the voxels are missing.
+        GeometryError: Its affine is unusable.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".mha", ".mhd"):
+        return (path,)
+    header = _open(path)
+    voxels = header.voxels if isinstance(header, TextHeader) else path
+    return (path,) if voxels == path else (path, voxels)
+
+
 def read_volume(
     path: Path | str,
     *,
