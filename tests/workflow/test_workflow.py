@@ -16,7 +16,12 @@ from segmamba.cli.words import parse_duration
 from segmamba.errors import ConfigError, FormatError
 from segmamba.io import read_volume
 from segmamba.nn import preset_config
+from segmamba.training.results import Progress
 from segmamba.workflow import steps
+from segmamba.workflow.fold import _display
+from segmamba.workflow.train import fold_training
+
+SHAPE = {"dims": [8, 16], "depths": [0, 1]}
 
 
 def test_a_run_holds_what_the_docs_say(project: Path) -> None:
@@ -97,9 +102,41 @@ def test_another_preset_needs_another_run(project: Path) -> None:
         workflow.train(project / "data", project / "run", preset="segmamba-v1")
 
 
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"plan": {"patch_size": [8, 16, 16]}}, r"patch_size \(16, 16, 16\), found"),
+        ({"network": {"d_state": 4}}, r"network\.d_state 16, found network\.d_state 4"),
+        (
+            {"network": {**SHAPE, "strides": [[1, 2, 2], [2, 2, 2]]}},
+            r"found network\.strides \(\(1, 2, 2\), \(2, 2, 2\)\)",
+        ),
+        ({"plan": {"patch_sizes": [8, 8, 8]}}, "Did you mean 'patch_size'"),
+    ],
+)
+def test_other_settings_of_plan_and_network_need_another_run(
+    project: Path, sections: dict, text: str
+) -> None:
+    settings = workflow.RunSettings(**sections)
+    with pytest.raises(ConfigError, match=text):
+        workflow.train(project / "data", project / "run", config=settings)
+
+
+def test_another_kind_of_split_needs_another_run(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(project / "run", run, ignore=shutil.ignore_patterns("fold_*"))
+    with pytest.raises(ConfigError, match="other splits already"):
+        fold_training(project / "data", run, split="70-10-20", device="cpu")
+    (run / "splits.json").unlink()
+    job = fold_training(project / "data", run, split="70-10-20", device="cpu")
+    again = fold_training(project / "data", run, device="cpu")
+    assert again.members == job.members
+    assert len(job.members["test"]) == 1
+
+
 def test_strides_of_the_settings_are_planned(project: Path, tmp_path: Path) -> None:
-    data = {"strides": [[1, 2, 2], [2, 2, 1]], "dims": [8, 16], "depths": [0, 1]}
-    settings = workflow.RunSettings(preset="segmamba-light", network=data)
+    network = {**SHAPE, "strides": [[1, 2, 2], [2, 2, 1]]}
+    settings = workflow.RunSettings(preset="segmamba-light", network=network)
     decided = workflow.plan(
         project / "data", tmp_path, config=settings, device="cpu", memory_mib=4000
     )
@@ -205,3 +242,17 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(
 def test_the_network_suits_device_and_data(device, shape, name):
     assert steps.default_preset(torch.device(device), shape) == name
     preset_config(name)
+
+
+@pytest.mark.parametrize("name", ["00", "01", "²", "-1", "all "])
+def test_a_fold_has_one_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="bad fold"):
+        workflow.RunFolder(Path("run")).fold(name)
+
+
+def test_a_training_is_shown_as_over_at_its_end_alone() -> None:
+    shown: list[int] = []
+    show = _display(lambda done, total, stage, note: shown.append(done))
+    for fraction in (0.0, 0.5, 0.9996, 1.0):
+        show(Progress(1, 1, fraction, 0.1, 0.1, 1.0, 1.0))
+    assert shown == [0, 500, 999, 1000]

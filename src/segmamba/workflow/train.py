@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from segmamba.config import TrainConfig, from_dict, training_defaults
+from segmamba.config import TrainConfig, from_dict, to_dict, training_defaults
 from segmamba.data.dataset import Dataset
+from segmamba.data.networks import fit_network
 from segmamba.data.plan import Plan
 from segmamba.data.splits import (
     Split,
@@ -18,6 +19,7 @@ from segmamba.data.splits import (
 )
 from segmamba.devices import resolve_device
 from segmamba.errors import ConfigError, describe
+from segmamba.nn import preset_config
 from segmamba.workflow.fold import FoldTraining, TrainingOutcome
 from segmamba.workflow.folder import (
     Progress,
@@ -25,7 +27,13 @@ from segmamba.workflow.folder import (
     RunSettings,
     load_settings,
 )
-from segmamba.workflow.steps import load_run_plan, measure, plan
+from segmamba.workflow.steps import (
+    load_run_plan,
+    measure,
+    network_overrides,
+    plan,
+    plan_overrides,
+)
 
 SplitScheme = Literal["5-fold", "70-10-20"]
 
@@ -209,7 +217,42 @@ def _planned(
                 remedy="Choose another run folder, or plan anew with 'segmamba plan'.",
             )
         )
+    _require_as_planned(settings, decided, folder.plan)
     return dataset, decided
+
+
+def _require_as_planned(settings: RunSettings, decided: Plan, file: Path) -> None:
+    """See that the sections network and plan say what the run's plan says."""
+    network, preset = decided.network, decided.network.name
+    asked = network_overrides(settings, preset)
+    given = plan_overrides(settings, preset)
+    changed = {**to_dict(decided), **given, "network": to_dict(network)}
+    wanted = from_dict(Plan, changed, source="the section plan")
+    fitted = fit_network(
+        preset_config(preset, **asked),
+        asked.get("strides") or network.strides or (),
+        decided.patch_size,
+        network.in_channels,
+        network.out_channels,
+    )
+    pairs = [
+        (key, getattr(wanted, key), getattr(decided, key)) for key in settings.plan
+    ]
+    pairs += [
+        (f"network.{key}", getattr(fitted, key), getattr(network, key)) for key in asked
+    ]
+    differing = [(name, new, old) for name, new, old in pairs if new != old]
+    if differing:
+        raise ConfigError(
+            describe(
+                "the run is planned with other settings",
+                expected=", ".join(f"{name} {old}" for name, _, old in differing),
+                found=", ".join(f"{name} {new}" for name, new, _ in differing),
+                file=file,
+                remedy="Choose another run folder, plan anew with 'segmamba plan', or "
+                "leave out these settings.",
+            )
+        )
 
 
 def _members(
@@ -254,10 +297,10 @@ def _splits(
 ) -> list[Split]:
     if splits_file is not None:
         splits = load_splits(splits_file)
-    elif folder.splits.exists():
-        return load_splits(folder.splits)
     elif split == "70-10-20":
         splits = [paper_split(ids)]
+    elif folder.splits.exists():
+        return load_splits(folder.splits)
     else:
         splits = make_splits(ids)
     if folder.splits.exists() and load_splits(folder.splits) != splits:
@@ -265,7 +308,8 @@ def _splits(
             describe(
                 "the run has other splits already",
                 file=folder.splits,
-                remedy="Choose another run folder, or delete this file.",
+                remedy="Choose another run folder, delete this file, or leave out the "
+                "option to keep them.",
             )
         )
     save_splits(folder.splits, splits)
