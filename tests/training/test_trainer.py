@@ -474,7 +474,13 @@ def test_a_signal_ends_a_validation_at_once_and_it_is_done_again(tiny, tmp_path)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_epochs", 0), ("max_time_s", -1.0), ("warmup", 1.0), ("learning_rate", 0.0)],
+    [
+        ("max_epochs", 0),
+        ("max_time_s", -1.0),
+        ("warmup", 1.0),
+        ("learning_rate", 0.0),
+        ("batch_size", 0),
+    ],
 )
 def test_senseless_settings_are_named(tiny, tmp_path, name, value):
     with pytest.raises(ConfigError, match=f"{name} = "):

@@ -150,6 +150,7 @@ _RULES = (
     ("max_epochs", "1 or more", lambda value: value >= 1),
     ("max_time_s", "more than 0", lambda value: value > 0),
     ("iterations_per_epoch", "1 or more", lambda value: value >= 1),
+    ("batch_size", "1 or more", lambda value: value >= 1),
     ("learning_rate", "more than 0", lambda value: 0 < value < math.inf),
     ("momentum", "from 0 to below 1", lambda value: 0 <= value < 1),
     ("weight_decay", "0 or more", lambda value: 0 <= value < math.inf),
