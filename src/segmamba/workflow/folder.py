@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ class RunFolder:
         Raises:
             ConfigError: It is neither.
         """
-        if name != "all" and not name.isdigit():
+        if not re.fullmatch("all|0|[1-9][0-9]*", name):  # one name for each number
             raise ConfigError(
                 describe("bad fold", expected="a number, or all", found=name)
             )
