@@ -270,6 +270,7 @@ def _display(progress: Progress) -> Callable[[TrainingProgress], None]:
             f"epoch {state.epoch}, step {state.step}, loss {state.loss:.4f}, "
             f"{state.patches_per_s:.1f} patches/s"
         )
-        progress(round(1000 * state.fraction), 1000, "training", note)
+        done = int(1000 * state.fraction)  # 1000 at the end alone, which has its line
+        progress(done, 1000, "training", note)
 
     return show
