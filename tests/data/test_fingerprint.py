@@ -8,14 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from segmamba.atomic import read_json, write_json
+from segmamba.config import from_dict
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.fingerprint import (
     Fingerprint,
     canonical,
     guess_modality,
-    load_fingerprint,
     make_fingerprint,
-    save_fingerprint,
 )
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import ConfigError, FormatError, GeometryError
@@ -85,12 +85,12 @@ def test_a_hand_made_data_set(toy):
 def test_it_goes_through_json_and_does_not_depend_on_threads(toy, tmp_path):
     fingerprint = make_fingerprint(toy, workers=1)
     assert make_fingerprint(toy, workers=3) == fingerprint
-    save_fingerprint(tmp_path / "fingerprint.json", fingerprint)
-    assert load_fingerprint(tmp_path / "fingerprint.json") == fingerprint
-    data = fingerprint.to_dict()
+    write_json(tmp_path / "fingerprint.json", fingerprint.to_dict())
+    data = read_json(tmp_path / "fingerprint.json")
+    assert from_dict(Fingerprint, data) == fingerprint
     data["case"] = data.pop("cases")
     with pytest.raises(ConfigError, match=r"'cases'"):
-        Fingerprint.from_dict(data)
+        from_dict(Fingerprint, data)
 
 
 def test_percentiles_against_all_voxels(tmp_path):

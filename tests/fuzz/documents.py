@@ -13,11 +13,12 @@ import torch
 import yaml
 from target import Seed, Target
 
+from segmamba.atomic import read_json
 from segmamba.checkpoint import load_checkpoint, load_published_file, save_model
 from segmamba.config import from_dict, to_dict
 from segmamba.data.cache import Cache
 from segmamba.data.dataset import Case, Dataset, dataset_to_dict
-from segmamba.data.fingerprint import Fingerprint, load_fingerprint
+from segmamba.data.fingerprint import Fingerprint
 from segmamba.data.labels import LabelScheme
 from segmamba.data.layouts import load_dataset, load_label_scheme
 from segmamba.data.plan import (
@@ -157,6 +158,10 @@ def _segments(path: Path) -> None:
     make_segments(DATASET.labels.labels, load_descriptions(path))
 
 
+def _fingerprint(path: Path) -> None:
+    from_dict(Fingerprint, read_json(path), source=str(path))
+
+
 def texts() -> list[Target]:
     descriptions = _json(DECATHLON, NNUNET, dataset_to_dict(DATASET))
     configs = tuple(Seed(seed.data, _yaml, is_json=True) for seed in _json(CONFIG))
@@ -166,7 +171,7 @@ def texts() -> list[Target]:
         Target("table", "cases.csv", load_dataset, (Seed(TABLE),)),
         Target("splits", "splits.json", load_splits, _json(SPLITS, SPLITS[0])),
         Target("config", "config.yaml", _config, configs, names_file=False),
-        Target("fingerprint", "f.json", load_fingerprint, _json(FINGERPRINT)),
+        Target("fingerprint", "f.json", _fingerprint, _json(FINGERPRINT)),
         Target(
             "postprocessing",
             "postprocessing.json",

@@ -6,13 +6,11 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 
-from segmamba.atomic import read_json, write_json
-from segmamba.config import from_dict, to_dict
+from segmamba.config import to_dict
 from segmamba.data.dataset import Case, Dataset
 from segmamba.data.geometry import axis_codes, nonzero_box, world_axes
 from segmamba.data.labels import LabelScheme
@@ -102,17 +100,6 @@ class Fingerprint:
         """Give plain values for JSON."""
         return to_dict(self)
 
-    @classmethod
-    def from_dict(
-        cls, data: JsonDict, *, source: str | Path = "a fingerprint"
-    ) -> Fingerprint:
-        """Build it from plain values.
-
-        Raises:
-            ConfigError: A value is missing, unknown or of the wrong type.
-        """
-        return from_dict(cls, data, source=str(source))
-
 
 @dataclass(frozen=True)
 class _Examined:
@@ -158,21 +145,6 @@ def make_fingerprint(
         partial(_examine, dataset=dataset), cases, workers=workers, progress=progress
     )
     return _summarize(dataset, examined)
-
-
-def save_fingerprint(path: Path | str, fingerprint: Fingerprint) -> None:
-    """Write a fingerprint atomically as JSON."""
-    write_json(path, fingerprint.to_dict())
-
-
-def load_fingerprint(path: Path | str) -> Fingerprint:
-    """Read a fingerprint.
-
-    Raises:
-        FormatError: The file is missing or not JSON.
-        ConfigError: A value is missing, unknown or of the wrong type.
-    """
-    return Fingerprint.from_dict(read_json(path), source=path)
 
 
 def canonical(values: Sequence[float], orientation: str) -> tuple[float, float, float]:

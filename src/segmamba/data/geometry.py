@@ -119,11 +119,6 @@ class Geometry:
     """Voxels along D, H, W after resampling."""
 
     @property
-    def oriented_shape(self) -> Size3:
-        """Voxels along D, H, W before the crop."""
-        return cast(Size3, tuple(self.original_shape[axis] for axis in self.axis_order))
-
-    @property
     def cropped_shape(self) -> Size3:
         """Voxels along D, H, W after the crop, before resampling."""
         return cast(Size3, tuple(stop - start for start, stop in self.crop))
@@ -150,13 +145,6 @@ class Geometry:
     def orient(self, array: Array) -> Array:
         """View an array (..., I, J, K) as (..., D, H, W)."""
         return orient_array(array, self.axis_order, self.axis_flips)
-
-    def undo_orientation(self, array: Array) -> Array:
-        """View an array (..., D, H, W) as (..., I, J, K)."""
-        lead = array.ndim - 3
-        flipped = array[(..., *_flip_slices(self.axis_flips))]
-        inverse = np.argsort(self.axis_order)
-        return flipped.transpose(*range(lead), *(lead + int(axis) for axis in inverse))
 
     def to_dict(self) -> JsonDict:
         """Give plain values for JSON."""
