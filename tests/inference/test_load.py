@@ -91,6 +91,22 @@ def test_weights_come_back(run):
     assert set(np.unique(prediction.label_map)) <= {0, 1, 2}
 
 
+def test_one_slice_of_one_channel_in_bfloat16(run):
+    save_fold(run, "0")
+    (network,) = load_model(run, "cpu", precision="bf16").networks
+    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv3d))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 1, 1, 24, 40)
+        with torch.inference_mode():
+            expected = first(x)
+            for size in 960, 3840, 15360, 61440:  # what lies where it must not read
+                torch.full((size,), torch.nan, dtype=torch.bfloat16)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = first(x).float()
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_weights_of_another_type_become_the_networks_own(run):
     path = save_fold(run, "0")
     file = load_model_file(path)

@@ -16,6 +16,7 @@ from segmamba.errors import CheckpointError, ConfigError, describe
 from segmamba.nn import build_network
 
 _SPARE = 1 << 12
+_CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
 
 
 def build_networks(
@@ -40,8 +41,19 @@ def build_networks(
     networks = [_build(path, model, plan) for path, model in models.items()]
     if channels_last:  # bf16 on a CPU: a third faster (measured); no difference in fp32
         for network in networks:
-            network.to(memory_format=torch.channels_last_3d)  # pyright: ignore
+            _lay_out(network)
     return networks
+
+
+def _lay_out(network: nn.Module) -> None:
+    """Lay weights out with the channels last, but for those of a single channel.
+
+    With these, torch 2.13's bfloat16 convolution on a CPU reads memory that isn't its
+    own where a map is one slice deep (a 2D image): results are wrong, or NaN.
+    """
+    for module in network.modules():
+        if isinstance(module, _CONVOLUTIONS) and module.in_channels > 1:
+            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore
 
 
 def _check(path: Path, model: ModelFile, plan: Plan, dataset: Dataset) -> None:
