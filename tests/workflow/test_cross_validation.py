@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from segmamba import cli, workflow
-from segmamba.checkpoint import update_model
+from segmamba.checkpoint import load_model_file, update_model
 from segmamba.errors import ConfigError
 from segmamba.inference.load import load_model
 from segmamba.inference.postprocessing import PostprocessingStep, largest_component
@@ -119,6 +119,23 @@ def test_other_settings_are_not_taken_for_finished(folder: Path):
     assert not fold_training(*where, fold=1, seed=1, **options).is_finished()
     with pytest.raises(ConfigError, match="seed"):
         workflow.cross_validate(*where, seed=1, **options)
+
+
+def test_scores_of_earlier_weights_do_not_outlive_a_longer_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    options = {"config": folder / "settings.yaml", "device": "cpu", "max_epochs": 2}
+    job = fold_training(folder / "data", run, fold=0, **options)
+    monkeypatch.setattr("segmamba.workflow.fold.final_validation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(resume=True, say=lambda text: None)
+    assert load_model_file(run / "fold_0" / "model.safetensors").metadata["finished"]
+    assert not job.is_finished()
 
 
 def test_folds_are_averaged_by_predict(folder: Path):

@@ -45,6 +45,9 @@ from segmamba.workflow.training_record import (
 )
 from segmamba.workflow.validation import final_validation, quick_validation
 
+SCORES = "metrics.json"
+"""A fold's scores on the cases that it holds out."""
+
 CURVE_EVERY_S = 20.0
 """Seconds between pictures of the log: a picture takes up to half a second."""
 
@@ -104,6 +107,8 @@ class FoldTraining:
                 f"{trainer.folder.path}"
             )
             result = _fit(trainer, record, resume)
+            # Scores of earlier weights would pass for these ones' if validation fails.
+            (trainer.folder.path / SCORES).unlink(missing_ok=True)
             if result.log_path.exists():
                 _draw_curve(result.log_path)
             if result.note:
@@ -120,7 +125,7 @@ class FoldTraining:
             CheckpointError: Its model is.
         """
         folder = self.run.fold(self.fold)
-        names = ("model.safetensors", "config.yaml", "metrics.json")
+        names = ("model.safetensors", "config.yaml", SCORES)
         model, config, metrics = (folder / name for name in names)
         if not all(path.is_file() for path in (model, config, metrics)):
             return False
