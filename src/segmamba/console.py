@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -47,13 +48,13 @@ class ProgressDisplay:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -96,9 +97,10 @@ class ProgressDisplay:
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Print rows of text under a header; long cells are wrapped, never cut."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    # Texts, not strings: a name may have brackets, which rich would read as styles.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*[Text(str(cell)) for cell in row])
     console.print(table)
@@ -134,6 +136,16 @@ def showing_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+def accept_every_letter() -> None:
+    """Let outputs that are not UTF-8 show a letter they lack as an escape.
+
+    Else a name with such a letter would end a training, on Windows in a redirection.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

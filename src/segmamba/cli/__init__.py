@@ -13,6 +13,7 @@ from segmamba.cli.machine import Benchmark, Demo, Info
 from segmamba.cli.results import Compare, Evaluate, Predict
 from segmamba.cli.training import Check, Plan, Postprocess, Train
 from segmamba.console import (
+    accept_every_letter,
     explain,
     quiet_when_unread,
     say_error,
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output any more (`| head`), 130 when interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    accept_every_letter()
     with quiet_when_unread():
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -1,0 +1,46 @@
+"""What the command line shows: names with any letters, on any output."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from segmamba import cli, console
+
+NAMES = ("a [core]", "b[/x]", "[bold]c")
+
+
+@dataclass(frozen=True)
+class Tell:
+    """A command that prints a letter."""
+
+    def run(self) -> int:
+        """Print."""
+        console.say("case \u03b2")
+        return 0
+
+
+def test_a_letter_that_the_output_lacks_ends_no_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setitem(cli.COMMANDS, "info", Tell)
+    assert cli.main(["info"]) == 0
+    assert b"case \\u03b2" in output.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_brackets_in_names_are_no_styles(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    live = Console(file=output, width=160, force_terminal=True, highlight=False)
+    monkeypatch.setattr(console, "console", live)
+    console.print_table("Scores of [x]", NAMES, [NAMES])
+    with console.ProgressDisplay() as progress:
+        progress(1, 2, NAMES[0], NAMES[1])
+    shown = output.getvalue()
+    assert "Scores of [x]" in shown
+    assert all(shown.count(name) >= 2 for name in NAMES)
