@@ -153,6 +153,30 @@ def test_each_study_is_a_case_and_a_broken_one_stops_no_other(tmp_path: Path) ->
     assert "lacks slices" in third.problem
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("DICOM/p1", "DICOM/p2"), ["p1", "p2"]),
+        (("p1/s1", "p1/s2", "p2/s1"), ["p1_s1", "p1_s2", "p2_s1"]),
+        (("p1/CT/1", "p2/CT/1"), ["p1", "p2"]),
+        (("a", "b/c/d"), ["a", "b"]),
+    ],
+)
+def test_studies_are_called_as_the_folders_that_part_them(
+    tmp_path: Path, folders: tuple[str, ...], names: list[str]
+) -> None:
+    for folder in folders:
+        make.write(tmp_path / folder, make.datasets(study=generate_uid()))
+    assert [case.id for case in find_cases(tmp_path, ["MR"])] == names
+
+
+def test_studies_in_one_folder_are_called_by_their_uids(tmp_path: Path) -> None:
+    for end in ("7", "8"):
+        make.write(tmp_path / "d", make.datasets(study=f"1.2.{end}"), start=end)
+    found = find_cases(tmp_path / "d", ["MR"])
+    assert [case.id for case in found] == ["d_7", "d_8"]
+
+
 def test_folders_without_dicom_say_so_as_before(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("nothing")
     with pytest.raises(FormatError, match="no scan found"):

@@ -122,33 +122,57 @@ def dicom_studies(
     if len(groups) == 1:
         (found,) = groups.values()
         return [DicomStudy(_plain(source), _channels(found, channels, choices))]
-    return [_one_of_many(source, found, channels, choices) for found in groups.values()]
+    names = _study_names(source, groups)
+    return [
+        _one_of_many(name, found, channels, choices)
+        for name, found in zip(names, groups.values(), strict=True)
+    ]
 
 
 def _one_of_many(
-    source: Path,
+    name: str,
     found: list[DicomSeries],
     channels: Mapping[str, AbstractSet[str]],
     choices: Sequence[str] | None,
 ) -> DicomStudy:
-    name = _folder_name(source, found)
     try:
         return DicomStudy(name, _channels(found, channels, choices))
     except SegMambaError as error:  # the other studies must not suffer from it
         return DicomStudy(name, (), str(error))
 
 
-def _folder_name(source: Path, found: list[DicomSeries]) -> str:
-    """Call a study as the folder that holds all of it, else by its UID's end."""
-    folders = [file.folder for series in found for file in series.files]
-    levels = itertools.takewhile(
-        lambda names: len(set(names)) == 1, zip(*folders, strict=False)
-    )
-    common = [names[0] for names in levels]
-    whole = source.absolute().parts if source.is_dir() else (str(source),)
-    if len(common) > len(whole):
-        return _sanitized(common[len(whole)])
-    return _sanitized(f"{_plain(source)}_{found[0].study.split('.')[-1]}")
+def _study_names(source: Path, groups: Mapping[str, list[DicomSeries]]) -> list[str]:
+    """Call studies as the folders that hold them, else by their UIDs' ends.
+
+    Folders that hold all studies are left out, and no more are named than tell the
+    studies apart.
+    """
+    whole = {
+        uid: _common([file.folder for series in found for file in series.files])
+        for uid, found in groups.items()
+    }
+    shared = len(_common(list(whole.values())))
+    own = {uid: folders[shared:] for uid, folders in whole.items()}
+    names: list[str] = []
+    for depth in range(1, 1 + max(1, *map(len, own.values()))):
+        names = [
+            _sanitized("_".join(folders[:depth]) or f"{_plain(source)}_{_end(uid)}")
+            for uid, folders in own.items()
+        ]
+        if len({name.casefold() for name in names}) == len(names):
+            break
+    return names
+
+
+def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Give the folders that begin all paths."""
+    levels = zip(*paths, strict=False)
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
+    return tuple(names[0] for names in same)
+
+
+def _end(uid: str) -> str:
+    return uid.split(".")[-1]
 
 
 def _plain(source: Path) -> str:
