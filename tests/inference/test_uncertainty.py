@@ -159,10 +159,15 @@ def test_structures_are_measured_in_each_sample(scheme):
 
 
 @pytest.mark.parametrize("patch", [(4, 5, 6), (16, 16, 16), (9, 4, 20)])
-def test_volumes_of_windows_add_up_to_the_scan(patch):
-    """Each sample's labels fill the image; pads and overlaps count nothing more."""
+@pytest.mark.parametrize("spacing", [(0.5, 2.0, 1.5), (0.7, 1.3, 4.0)])
+def test_volumes_of_windows_add_up_to_the_scan(patch, spacing):
+    """Each sample's labels fill the image; pads and overlaps count nothing more.
+
+    Nor does it matter that the plan's spacing doesn't divide the scan.
+    """
     scheme = LabelScheme({"background": 0, "low": 1})
-    predictor = make_predictor(scheme, networks=1, patch_size=patch)
+    options = {"networks": 1, "patch_size": patch, "spacing_mm": spacing}
+    predictor = make_predictor(scheme, **options)
     predictor.networks[0].layer.weight.data.zero_()
     predictor.networks[0].layer.bias.data[1] += 9
     doubt = predictor.predict(scan(), uncertainty=True).uncertainty

@@ -113,7 +113,7 @@ def _go(predictor: Predictor, wanted: Request, way: Attempt) -> Segmented:
             networks, snapshots, predictor.mirror_axes, predictor.scheme
         )
         doubt = Doubt(
-            wanted.geometry, predictor.scheme, sampled, _voxels_ml(predictor, wanted)
+            wanted.geometry, predictor.scheme, sampled, _voxels_ml(wanted.geometry)
         )
     seen = SlidingWindow(
         networks if sampled is None else [sampled],
@@ -158,11 +158,15 @@ def _pieces(seen: SlidingWindow, wanted: Request, way: Attempt) -> Iterator[Piec
             yield part, rows.outer, piece
 
 
-def _voxels_ml(predictor: Predictor, wanted: Request) -> tuple[float, float]:
-    """Give the volumes of a voxel of the scan, and of the network's grid."""
-    matrix = np.asarray(wanted.geometry.affine)[:3, :3]
-    scan = abs(float(np.linalg.det(matrix)))
-    return scan / 1000, math.prod(predictor.plan.spacing_mm) / 1000
+def _voxels_ml(geometry: Geometry) -> tuple[float, float]:
+    """Give the volumes of a voxel of the scan, and of the network's grid.
+
+    The latter are not the plan's: whole numbers of them share the crop's extent.
+    """
+    matrix = np.asarray(geometry.affine)[:3, :3]
+    scan = abs(float(np.linalg.det(matrix))) / 1000
+    share = math.prod(geometry.cropped_shape) / math.prod(geometry.shape)
+    return scan, scan * share
 
 
 @contextlib.contextmanager
