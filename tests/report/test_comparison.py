@@ -193,6 +193,14 @@ def test_undefined_values_and_many_labels_can_be_drawn(tmp_path):
     assert "| organ 14 |" in (tmp_path / "comparison.md").read_text()
 
 
+def test_dollars_in_names_are_no_maths(tmp_path):
+    label = r"x$\foo$y"
+    models = [model("a$\\b$", 0.0, cases=3, labels=[label])]
+    models.append(Scores("b", (), models[0].cases, models[0].rules))
+    write_comparison(compare_scores(models, resamples=200), models, tmp_path)
+    assert (tmp_path / "comparison.png").is_file()
+
+
 def test_names_stay_text_in_markdown():
     table = Table("T", ("a_b", "_c_"), (("x|y", "*z*"),))
     text = to_markdown("<T>", [table], [], "f.png")

@@ -14,7 +14,9 @@ from segmamba.evaluation import evaluate_folder
 from segmamba.io import Volume, write_label_map
 from segmamba.report.canvas import COLOURS
 from segmamba.report.figures import (
+    Picture,
     case_figure,
+    draw_cases,
     training_curve,
     worst_case_ids,
 )
@@ -100,6 +102,32 @@ def test_training_curve_shows_loss_and_validation(tmp_path):
     lines[19]["validation"] = {"score": 0.9}
     training_curve(write_log(log, lines), output)
     assert share_of(read_png(output), COLOURS[2]) > 5e-4
+
+
+def test_a_hundred_labels_leave_room_for_the_picture(tmp_path):
+    """A warning that nothing fits would fail this test, as every warning does."""
+    image, reference = case()
+    names = {f"some organ number {n}": (n,) for n in range(1, 118)}
+    scores = dict.fromkeys(names, 0.5)
+    output = tmp_path / "case.png"
+    picture = Picture("one", image, reference, reference, np.eye(4), scores)
+    draw_cases([picture], output, labels=names)
+    few = tmp_path / "few.png"
+    draw_cases([picture], few, labels={"inner": (1,), "outer": (2,)})
+    for colour in COLOURS[:2]:
+        shares = share_of(read_png(output), colour), share_of(read_png(few), colour)
+        assert shares[0] > 0.6 * shares[1]
+    lines = [{"epoch": e, "loss": 1 / e, "validation": scores} for e in (1, 2)]
+    training_curve(write_log(tmp_path / "log.jsonl", lines), output)
+
+
+def test_dollars_in_names_are_no_maths(tmp_path):
+    image, reference = case()
+    name = r"x$\foo$y"
+    picture = Picture(name, image, reference, reference, np.eye(4), {name: 0.5})
+    draw_cases([picture] * 2, tmp_path / "case.png", labels={name: (1,)})
+    lines = [{"epoch": 1, "loss": 1.0, "validation": {name: 0.5}}]
+    training_curve(write_log(tmp_path / "log.jsonl", lines), tmp_path / "curve.png")
 
 
 @pytest.mark.parametrize("odd", ["null loss", "cut line", "one epoch", "no time"])

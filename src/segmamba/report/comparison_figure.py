@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from segmamba.report.canvas import COLOURS, new_figure, save_figure
+from segmamba.report.canvas import COLOURS, as_text, new_figure, save_figure
 from segmamba.report.comparison_tables import metric_name
 from segmamba.types import FloatArray, JsonDict
 
@@ -87,14 +87,14 @@ def _scale(axes: Any, values: FloatArray) -> None:
 
 
 def _dress(axes: Any, names: list[str], label: str, metric: JsonDict) -> None:
-    axes.set_xticks(range(len(names)), [_short(name) for name in names])
+    axes.set_xticks(range(len(names)), [as_text(_short(n)) for n in names])
     if max(map(len, names)) > 14 or len(names) > 4:
         for text in axes.get_xticklabels():
             text.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
     axes.set_xlim(-0.4, len(names) - 1 + 0.5)
     axes.set_ylabel(metric_name(metric["name"]))
     arrow = "higher is better" if metric["higher_is_better"] else "lower is better"
-    axes.set_title(f"{label} ({arrow})", fontsize=9)
+    axes.set_title(f"{as_text(label)} ({arrow})", fontsize=9)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 
 from segmamba.errors import FormatError, describe
-from segmamba.report.canvas import COLOURS, new_figure, save_figure
+from segmamba.report.canvas import (
+    COLOURS,
+    as_text,
+    legend_columns,
+    new_figure,
+    save_figure,
+)
 from segmamba.types import FloatArray, JsonDict
+
+MOST_SCORES = 12
+"""Lines of validation scores that can be told apart."""
 
 
 def training_curve(log: Path | str, output: Path | str) -> None:
@@ -134,7 +143,11 @@ def _draw_validation(axes: Any, lines: Sequence[JsonDict]) -> None:
     handles, names = axes.get_legend_handles_labels()
     if rows:
         right = axes.twinx()
-        for index, name in enumerate(rows[-1]["validation"]):
+        scores = list(rows[-1]["validation"])
+        shown = scores
+        if len(scores) > MOST_SCORES:  # the mean comes last
+            shown = [*scores[: MOST_SCORES - 1], scores[-1]]
+        for index, name in enumerate(shown):
             values = [_number(row["validation"].get(name)) for row in rows]
             right.plot(
                 [row["epoch"] for row in rows],
@@ -143,10 +156,13 @@ def _draw_validation(axes: Any, lines: Sequence[JsonDict]) -> None:
                 marker="o",
                 markersize=3.5,
                 linewidth=1.4,
-                label=f"validation {name}",
+                label=f"validation {as_text(name)}",
             )
         right.set_ylim(0, 1)
-        right.set_ylabel("validation Dice")
+        hidden = len(scores) - len(shown)
+        right.set_ylabel(
+            "validation Dice" + (f" ({hidden} more in log.jsonl)" if hidden else "")
+        )
         right.spines["top"].set_visible(False)
         more = right.get_legend_handles_labels()
         handles, names = handles + more[0], names + more[1]
@@ -155,7 +171,7 @@ def _draw_validation(axes: Any, lines: Sequence[JsonDict]) -> None:
         names,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=min(5, len(names)),
+        ncols=legend_columns(names, axes.figure.get_figwidth()),
         frameon=False,
         fontsize=9,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ import numpy as np
 from segmamba.data.labels import LabelScheme
 from segmamba.errors import GeometryError, describe
 from segmamba.io import Volume
-from segmamba.report.canvas import COLOURS, new_figure, save_figure
+from segmamba.report.canvas import (
+    COLOURS,
+    as_text,
+    legend_columns,
+    new_figure,
+    save_figure,
+    shortened,
+)
 from segmamba.report.curve import training_curve
 from segmamba.report.views import PLANES, Plane, Turned, section_indices, turn
 from segmamba.types import Array, FloatArray, JsonDict, Size3
@@ -25,6 +33,9 @@ __all__ = [
     "worst_case_ids",
     "worst_cases_figure",
 ]
+
+MOST_NAMES = 20
+"""Labels that a legend has room for."""
 
 Groups = Mapping[str, tuple[int, ...]]
 
@@ -328,7 +339,7 @@ def _letters(axes: Any, plane: Plane) -> None:
 
 
 def _caption(axes: Any, picture: Picture) -> None:
-    lines = [picture.title, *_score_texts(picture)]
+    lines = [as_text(picture.title), *_score_texts(picture)]
     axes.set_ylabel(
         "\n".join(lines),
         color="white",
@@ -342,24 +353,29 @@ def _caption(axes: Any, picture: Picture) -> None:
 
 def _headline(figure: Any, picture: Picture) -> None:
     scores = ", ".join(_score_texts(picture))
-    text = picture.title + (f"   Dice: {scores}" if scores else "")
+    text = as_text(picture.title) + (f"   Dice: {scores}" if scores else "")
     if text:
-        figure.suptitle(text, color="white", fontsize=12)
+        figure.suptitle(textwrap.fill(text, 90), color="white", fontsize=12)
 
 
 def _score_texts(picture: Picture) -> list[str]:
-    return [f"{name} {value:.3f}" for name, value in (picture.scores or {}).items()]
+    scores = (picture.scores or {}).items()
+    return shortened([f"{as_text(name)} {value:.3f}" for name, value in scores], 6)
 
 
 def _legend(figure: Any, parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=name) for name, (colour, _) in parts.items()]
+    names = shortened(list(map(as_text, parts)), MOST_NAMES)
+    colours = [colour for colour, _ in parts.values()]
+    handles = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=False)]
+    if len(parts) > MOST_NAMES:
+        handles[-1].set_alpha(0)  # the last one stands for many
     if handles:
         figure.legend(
             handles=handles,
             loc="outside lower center",
-            ncols=min(5, len(handles)),
+            ncols=legend_columns(names, figure.get_figwidth()),
             frameon=False,
             labelcolor="white",
             fontsize=10,
