@@ -19,6 +19,7 @@ from segmamba.nn import preset_config
 from segmamba.training.results import Progress
 from segmamba.workflow import steps
 from segmamba.workflow.fold import _display
+from segmamba.workflow.folder import RunFolder
 from segmamba.workflow.train import fold_training
 
 SHAPE = {"dims": [8, 16], "depths": [0, 1]}
@@ -195,6 +196,22 @@ def test_mistakes_get_one_text_and_no_traceback(
     assert text in shown
     assert "Traceback" not in shown
     assert "unforeseen" not in shown
+
+
+def test_data_are_measured_once_whatever_their_path_is_called(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    run = RunFolder(tmp_path)
+    _, measured = steps.measure("data", run, None)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(steps, "make_fingerprint", refuse)
+    for name in ("data", project / "data", "data/../data"):
+        _, kept = steps.measure(name, run, None)
+        assert kept.to_dict() == measured.to_dict()
 
 
 def test_durations() -> None:

@@ -183,8 +183,9 @@ def _kept_fingerprint(dataset: Dataset, run: RunFolder) -> Fingerprint | None:
 def _same_dataset(dataset: Dataset, run: RunFolder) -> bool:
     if not run.dataset.exists():
         return False
+    given = dataset_from_dict(dataset_to_dict(dataset))  # its paths may be relative
     try:
-        return dataset_from_dict(atomic.read_json(run.dataset)) == dataset
+        return dataset_from_dict(atomic.read_json(run.dataset)) == given
     except FormatError as error:
         _log.warning("the data are measured again: %s", error)
         return False
