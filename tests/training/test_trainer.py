@@ -451,8 +451,10 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
 
     config = changed(tiny, save_every_s=1e9)
     before = signal.getsignal(number)
-    with pytest.raises(TrainingError, match=r"SIG(INT|TERM).*step 7.*--resume"):
+    message = r"SIG(INT|TERM).*step 7.*--resume"
+    with pytest.raises(TrainingError, match=message) as caught:
         tiny.make_trainer(tmp_path, config, on_progress=stop).fit()
+    assert isinstance(caught.value.__cause__, KeyboardInterrupt)  # exit code 130
     assert signal.getsignal(number) is before
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["state"]["step"] == 7
 
@@ -470,6 +472,10 @@ def test_a_signal_ends_a_validation_at_once_and_it_is_done_again(tiny, tmp_path)
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert all("validation" in line for line in lines)
+    tiny.make_trainer(tmp_path / "whole").fit()
+    whole = read_log(tmp_path / "whole" / "log.jsonl")
+    for name in ("learning_rate", "loss"):
+        assert [line[name] for line in lines] == [line[name] for line in whole]
 
 
 @pytest.mark.parametrize(

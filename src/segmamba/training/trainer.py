@@ -198,7 +198,7 @@ class Trainer:
             except Interrupted as signal:
                 self.save()
                 text = explain_interruption(signal, self.state.step, self.folder.path)
-                raise TrainingError(text) from None
+                raise TrainingError(text) from signal
 
     def _loop(self) -> None:
         self.network.train()
@@ -366,6 +366,10 @@ class Trainer:
         if loaded is None:
             return
         self.state, self._note = loaded
+        last = progress_at(
+            max(self.state.step - 1, 0), self.state.elapsed_s, self.config
+        )
+        set_learning_rate(self.optimizer, learning_rate_at(last, self.config))
         if self._note is not None:
             _log.warning(self._note)
 
