@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from segmamba import cli, console
+from segmamba.errors import TrainingError
+from segmamba.training.interrupt import Interrupted
 
 NAMES = ("a [core]", "b[/x]", "[bold]c")
 
@@ -32,6 +34,19 @@ def test_a_letter_that_the_output_lacks_ends_no_command(
     monkeypatch.setitem(cli.COMMANDS, "info", Tell)
     assert cli.main(["info"]) == 0
     assert b"case \\u03b2" in output.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_interrupted_training_has_the_exit_code_of_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class Stopped:
+        def run(self) -> int:
+            raise TrainingError("saved") from Interrupted("SIGINT")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", Stopped)
+    assert cli.main(["info"]) == 130
+    assert "saved" in capsys.readouterr().err
 
 
 def test_brackets_in_names_are_no_styles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,4 +77,5 @@ def _run(command: Command, words: list[str]) -> int:
         raise
     except Exception as error:
         say_error(explain(error))
-    return 1
+        # A training that a signal ends saves, and says how to go on.
+        return 130 if isinstance(error.__cause__, KeyboardInterrupt) else 1

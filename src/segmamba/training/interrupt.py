@@ -10,8 +10,8 @@ from types import FrameType
 from typing import Any
 
 
-class Interrupted(BaseException):
-    """Somebody wants training to stop; like KeyboardInterrupt, no Exception."""
+class Interrupted(KeyboardInterrupt):
+    """Somebody wants training to stop, by Ctrl-C or SIGTERM."""
 
 
 class Interrupt:
