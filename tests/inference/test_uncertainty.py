@@ -211,9 +211,9 @@ def test_a_structure_that_is_nowhere_has_no_dice():
     assert doubt.expected_dice == doubt.structures["low"]["expected_dice"]
 
 
-@pytest.mark.parametrize("spacing", [(0.5, 2.0, 1.5), (0.8, 1.4, 1.0)])
+@pytest.mark.parametrize("spacing", [(0.5, 2.0, 1.5), (0.8, 1.4, 1.0), (0.5, 0.4, 1.5)])
 def test_slabs_change_nothing(spacing, monkeypatch):
-    options = {"patch_size": (4, 5, 6), "spacing_mm": spacing}
+    options = {"patch_size": (4, 5, 6), "spacing_mm": spacing, "overlap": 0.25}
     whole = make_predictor(CLASSES, **options).predict(scan(), uncertainty=True)
     assert whole.uncertainty is not None
     for limit in (16_000, 4_000):

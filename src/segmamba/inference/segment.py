@@ -15,7 +15,12 @@ from torch import nn
 
 from segmamba.data.geometry import Geometry
 from segmamba.data.preprocess import restore_pieces
-from segmamba.data.resample import resample_slabs, resample_stream, split_rows
+from segmamba.data.resample import (
+    Rows,
+    resample_slabs,
+    resample_stream,
+    split_rows,
+)
 from segmamba.devices import describe_out_of_memory, is_out_of_memory, resolve_device
 from segmamba.inference.attempts import Attempt, Sizes, attempts
 from segmamba.inference.sliding_window import Progress, SlidingWindow
@@ -153,8 +158,11 @@ def _pieces(seen: SlidingWindow, wanted: Request, way: Attempt) -> Iterator[Piec
         is_last = rows.outer.stop == shape[1]
         counted = slice(begins, high if is_last else rows.inner.stop)
         begins = counted.stop  # neighbours share rows, which count once
-        slabs = seen.slabs(image, rows.inner, counted, wanted.case, wanted.progress)
-        for part, piece in resample_stream(slabs, (deep, high), shape, rows):
+        # On a much coarser scan nobody asks for the rows between: they count, too.
+        inner = slice(min(rows.inner.start, counted.start), counted.stop)
+        taken = Rows(rows.outer, inner)
+        slabs = seen.slabs(image, inner, counted, wanted.case, wanted.progress)
+        for part, piece in resample_stream(slabs, (deep, high), shape, taken):
             yield part, rows.outer, piece
 
 
