@@ -33,6 +33,12 @@ def test_a_single_scan(tmp_path):
     }
 
 
+@pytest.mark.parametrize("channels", [["CT"], BRATS])
+def test_no_scan_at_all(channels):
+    with pytest.raises(FormatError, match="no scan is given"):
+        find_cases((), channels)
+
+
 def test_channels_of_one_scan(tmp_path):
     touch(tmp_path, "a_t1.nii", "a_t1ce.nii", "a_t2.nii", "a_flair.nii", "a_seg.nii")
     files = [tmp_path / f"a_{kind}.nii" for kind in ("t1", "t1ce", "t2", "flair")]

@@ -143,6 +143,8 @@ def _from_files(
     which: Which,
     series: Sequence[str] | None,
 ) -> list[InputCase]:
+    if not files:
+        raise FormatError(describe("no scan is given", expected="a file or a folder"))
     if len(files) == 1:
         return find_cases(files[0], channels, which=which, series=series)
     if series:
