@@ -59,3 +59,21 @@ def test_brackets_in_names_are_no_styles(monkeypatch: pytest.MonkeyPatch) -> Non
     shown = output.getvalue()
     assert "Scores of [x]" in shown
     assert all(shown.count(name) >= 2 for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "predict run scan -o out --seg-type LABELMAP",
+        "predict run scan -o out --segments codes.json",
+        "evaluate predictions references -o m.json --lesion-task MET",
+        "benchmark layer --figure f.png",
+        "benchmark scan --case folder",
+    ],
+)
+def test_an_option_that_nothing_would_heed_is_refused(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{line.split()[-2]} does nothing here: expected" in shown

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from segmamba.cli.words import Output, parse_duration
+from segmamba.cli.words import Output, parse_duration, require_beside
 from segmamba.console import (
     ProgressDisplay,
     print_table,
@@ -118,6 +118,7 @@ class Benchmark:
         )
         from segmamba.report.benchmark_figure import benchmark_figure
 
+        self._check()
         settings = BenchmarkSettings(
             device=self.device,
             dtype=self.dtype,
@@ -149,3 +150,17 @@ class Benchmark:
         if self.out is not None:
             say(f"Written to {self.out}")
         return 1 if record.failures else 0
+
+    def _check(self) -> None:
+        require_beside(
+            "--case",
+            "predict",
+            is_given=self.case is not None,
+            is_there=self.name == "predict",
+        )
+        require_beside(
+            "--figure",
+            "size or scan",
+            is_given=self.figure is not None,
+            is_there=self.name in ("size", "scan"),
+        )

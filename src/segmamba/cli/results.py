@@ -8,7 +8,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from segmamba.cli.words import Output, print_calibration, print_summary
+from segmamba.cli.words import (
+    Output,
+    print_calibration,
+    print_summary,
+    require_beside,
+)
 from segmamba.console import (
     ProgressDisplay,
     print_table,
@@ -68,6 +73,7 @@ class Predict:
         """Predict; exit code 1 if any case failed."""
         from segmamba.devices import wake
 
+        self._check()
         wake(self.device)  # while the rest is imported and the model is read
         from segmamba import workflow
         from segmamba.inference.dicom_study import SegOutput
@@ -105,6 +111,20 @@ class Predict:
         )
         return 1 if summary.failed else 0
 
+    def _check(self) -> None:
+        require_beside(
+            "--seg-type",
+            "--dicom-seg",
+            is_given=self.seg_type != "BINARY",
+            is_there=self.dicom_seg,
+        )
+        require_beside(
+            "--segments",
+            "--dicom-seg or --rtstruct",
+            is_given=self.segments is not None,
+            is_there=self.dicom_seg or self.rtstruct,
+        )
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -134,6 +154,12 @@ class Evaluate:
         """Evaluate, write the JSON and print the summary."""
         from segmamba import workflow
 
+        require_beside(
+            "--lesion-task",
+            "--lesion-wise",
+            is_given=self.lesion_task != "GLI",
+            is_there=self.lesion_wise,
+        )
         with ProgressDisplay() as progress:
             metrics = workflow.evaluate(
                 self.predictions,

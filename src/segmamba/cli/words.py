@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 Output = Annotated[Path, arg(aliases=["-o"])]
 
 
+def require_beside(option: str, other: str, *, is_given: bool, is_there: bool) -> None:
+    """Refuse an option that nothing would heed.
+
+    Args:
+        option: As it is typed, such as "--seg-type".
+        other: What it belongs to.
+        is_given: Whether the option is given.
+        is_there: Whether the other is.
+
+    Raises:
+        ConfigError: The option stands alone.
+    """
+    if is_given and not is_there:
+        raise ConfigError(
+            describe(
+                f"{option} does nothing here",
+                expected=f"{other} beside it",
+                remedy=f"Add {other}, or leave out {option}.",
+            )
+        )
+
+
 def parse_duration(text: str | None) -> float | None:
     """Read a time such as 90s, 10m or 1h30m; a bare number means seconds.
 
