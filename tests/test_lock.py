@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +96,17 @@ def test_what_a_killed_run_had_half_written_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("segmamba.lock._lock", lambda _: False)  # it may be another's
     with folder_lock(tmp_path, "training"):
         assert (tmp_path / ".writing-b").exists()
+
+
+def test_a_lock_that_another_tries_just_now_ends_well(tmp_path, monkeypatch):
+    """As on Windows, where a file that is open elsewhere can't be removed."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "in use")
+
+    with folder_lock(tmp_path, "training"):
+        monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.undo()
+    with folder_lock(tmp_path, "training"):
+        pass
+    assert not list(tmp_path.iterdir())

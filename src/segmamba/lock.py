@@ -48,10 +48,19 @@ def folder_lock(folder: Path, work: str) -> Iterator[None]:
     finally:
         if os.name == "nt":
             os.close(descriptor)  # Windows can't remove an open file
-            path.unlink(missing_ok=True)
+            _remove(path)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove the lock's file, unless another process tries the lock just now.
+
+    Windows forbids it then; a file that nobody has locked blocks nobody.
+    """
+    with contextlib.suppress(PermissionError):
+        path.unlink(missing_ok=True)
 
 
 def _take(path: Path) -> tuple[int, bool]:
