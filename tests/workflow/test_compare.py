@@ -72,6 +72,8 @@ def test_different_cases_end_the_command_with_both_lists(scores, capsys):
 
 
 def test_bad_options_are_refused(scores):
+    with pytest.raises(ConfigError, match="bad seed"):
+        segmamba.compare(scores, seed=-1)
     with pytest.raises(ConfigError, match="expected two"):
         segmamba.compare([scores[0]])
     with pytest.raises(ConfigError, match="expected 2 names"):

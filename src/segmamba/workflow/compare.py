@@ -37,7 +37,7 @@ def compare(
             lesion-wise ones where all models have them.
         labels: Which; None takes all.
         resamples: Bootstrap draws of intervals and rankings, at least 100.
-        seed: Of all draws.
+        seed: Of all draws, 0 or more.
 
     Returns:
         What comparison.json holds: "models", "cases", "labels", "metrics", "summary",
@@ -49,7 +49,7 @@ def compare(
         FormatError: There are no scores where they should be.
     """
     paths = [Path(run) for run in runs]
-    _check_options(paths, names, resamples)
+    _check_options(paths, names, resamples, seed)
     chosen = list(names) if names is not None else default_names(paths)
     options: JsonDict = {"metrics": metrics, "labels": labels}
     options |= {"resamples": resamples, "seed": seed}
@@ -96,7 +96,7 @@ def _telling_parts(path: Path) -> tuple[str, ...]:
 
 
 def _check_options(
-    paths: Sequence[Path], names: Sequence[str] | None, resamples: int
+    paths: Sequence[Path], names: Sequence[str] | None, resamples: int, seed: int
 ) -> None:
     if len(paths) < 2:
         raise ConfigError(
@@ -114,3 +114,5 @@ def _check_options(
         raise ConfigError(
             describe("too few resamples", expected="100 or more", found=resamples)
         )
+    if seed < 0:
+        raise ConfigError(describe("bad seed", expected="0 or more", found=seed))
