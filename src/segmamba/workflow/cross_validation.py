@@ -32,7 +32,7 @@ class CrossValidation:
     folder: Path
     """The run."""
     seconds: float
-    """Time of training in this call; folds that were finished before count nothing."""
+    """Time of training, resumed parts too, of the folds that were not finished before."""
     scores: JsonDict
     """What cross_validation.json holds."""
     postprocessing: Postprocessing
@@ -132,7 +132,7 @@ def _require_folds(splits: list[Split], folder: RunFolder) -> None:
 
 
 def _train_fold(job: FoldTraining, folds: int, say: Callable[[str], None]) -> float:
-    """Train a fold unless it is finished; give the seconds that it trained."""
+    """Train a fold unless it is finished; give the seconds of its training."""
     if job.is_finished():
         say(f"Fold {job.fold} of {folds} is finished already (folds count from 0).")
         return 0.0
