@@ -32,7 +32,7 @@ class CrossValidation:
     folder: Path
     """The run."""
     seconds: float
-    """Time of training, resumed parts too, of the folds that were not finished before."""
+    """Time of training, resumed parts too; folds finished before count nothing."""
     scores: JsonDict
     """What cross_validation.json holds."""
     postprocessing: Postprocessing
