@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from segmamba.config import TrainConfig, from_dict, to_dict
+from segmamba.config import AugmentationConfig, TrainConfig, from_dict, to_dict
 from segmamba.errors import ConfigError, describe
 from segmamba.training.schedule import DEFAULT_EPOCHS
 from segmamba.types import JsonDict
@@ -142,8 +142,21 @@ def check_config(config: TrainConfig) -> None:
         for name, rule, is_right in _RULES
         if getattr(config, name) is not None and not is_right(getattr(config, name))
     ]
+    wrong += _wrong_changes(config.augmentation)
     if wrong:
         raise ConfigError(describe("bad training settings", found="; ".join(wrong)))
+
+
+def _wrong_changes(config: AugmentationConfig) -> list[str]:
+    wrong = [
+        f"augmentation.{name} = {value!r} (should be from 0 to 1)"
+        for name, value in to_dict(config).items()
+        if name.startswith("p_") and not 0 <= value <= 1
+    ]
+    if not 0 < config.scaling[0] <= config.scaling[1]:
+        rule = "above 0, the smaller one first"
+        wrong.append(f"augmentation.scaling = {config.scaling} (should be {rule})")
+    return wrong
 
 
 _RULES = (
