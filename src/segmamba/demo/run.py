@@ -144,7 +144,7 @@ def _draw(dataset: Dataset, metrics: JsonDict, fold: Path, output: Path) -> Path
     assert case.label is not None
     rows = metrics["cases"][case.id]
     case_figure(
-        read_case(case.images),
+        read_case(case.images, frame=case.frame),
         read_volume(case.label).array[0],
         read_volume(fold / "validation" / f"{case.id}.nii.gz").array[0],
         output,
