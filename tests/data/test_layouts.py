@@ -306,6 +306,7 @@ def test_csv_labels_from_a_description_beside_it(tmp_path: Path) -> None:
         ("", "a column image"),
         ("a,b\n1,2\n", "found a, b"),
         ("image,label\n", "no rows"),
+        ("image,label,image\na.nii,l.nii,b.nii\n", "column once, found image again"),
         ("image,label\n,x.nii\n", "an image in every row"),
         ("image,label\na.nii,b.nii,c.nii\n", "3 in row 2"),
         ("id,image\n../x,a.nii\n", "file's name"),

@@ -52,7 +52,8 @@ def load_table(path: Path) -> Dataset:
         The data set; rows without a label are its unlabelled cases.
 
     Raises:
-        FormatError: There is no image column, no row, or the labels can't be told.
+        FormatError: There is no image column, no row, a column twice, or the labels
+            can't be told.
     """
     header, rows = _read_rows(path)
     columns = [name for name in header if name.lower().startswith(_IMAGE)]
@@ -60,6 +61,9 @@ def load_table(path: Path) -> Dataset:
         next((name for name in header if name.lower() == wanted), None)
         for wanted in (_LABEL, _ID, _FRAME)
     )
+    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+    if twice:
+        raise _bad(path, "each column once", f"{', '.join(twice)} again")
     if not columns:
         raise _bad(path, "a column image, or image_0, image_1, ...", ", ".join(header))
     if not rows:
