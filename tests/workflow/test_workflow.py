@@ -74,13 +74,17 @@ def test_a_finished_run_is_resumed_to_the_same_weights(project: Path) -> None:
 
 
 def test_a_run_is_not_overwritten(project: Path) -> None:
+    shown: list[object] = []
     with pytest.raises(ConfigError, match="resume"):
         workflow.train(
             project / "data",
             project / "run",
             config=project / "settings.yaml",
             device="cpu",
+            progress=lambda *step: shown.append(step),
+            say=shown.append,
         )
+    assert shown == []  # it is refused before any work
 
 
 def test_fold_all_trains_on_every_case(project: Path, tmp_path: Path) -> None:
@@ -212,6 +216,17 @@ def test_data_are_measured_once_whatever_their_path_is_called(
     for name in ("data", project / "data", "data/../data"):
         _, kept = steps.measure(name, run, None)
         assert kept.to_dict() == measured.to_dict()
+
+
+def test_a_file_in_place_of_the_run_folder_is_noticed_before_any_work(
+    project: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "run"
+    taken.touch()
+    shown: list[object] = []
+    with pytest.raises(FileExistsError):
+        steps.plan(project / "data", taken, progress=lambda *step: shown.append(step))
+    assert shown == []
 
 
 def test_durations() -> None:

@@ -28,6 +28,7 @@ from segmamba.manifest import NAME, Session
 from segmamba.nn import build_network
 from segmamba.report.figures import training_curve
 from segmamba.training.batches import batch_maker
+from segmamba.training.fold_folder import FoldFolder
 from segmamba.training.losses import build_loss
 from segmamba.training.results import Progress as TrainingProgress
 from segmamba.training.results import TrainResult
@@ -94,7 +95,12 @@ class FoldTraining:
 
         Returns:
             Folder, time and scores.
+
+        Raises:
+            ConfigError: The fold holds a training, and `resume` is off.
         """
+        if not resume:  # before work that takes long for large data
+            FoldFolder(self.run.fold(self.fold)).refuse_to_overwrite()
         with Session("train") as session:
             shown = staged(self.progress, "preprocessing")
             cache = build_cache(self.dataset, self.plan, self.run.cache, progress=shown)

@@ -161,6 +161,7 @@ def measure(
     fingerprint = _kept_fingerprint(dataset, run)
     if fingerprint is not None:
         return dataset, fingerprint
+    run.root.mkdir(parents=True, exist_ok=True)  # fails before long work, not after
     _require_sound(check(dataset, progress=progress), data)
     fingerprint = make_fingerprint(dataset, progress=staged(progress, "measuring"))
     atomic.write_json(run.dataset, dataset_to_dict(dataset))
