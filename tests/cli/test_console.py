@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from segmamba import cli, console
-from segmamba.errors import TrainingError
+from segmamba.cli.words import parse_duration
+from segmamba.errors import ConfigError, TrainingError
 from segmamba.training.interrupt import Interrupted
 
 NAMES = ("a [core]", "b[/x]", "[bold]c")
@@ -77,3 +78,12 @@ def test_an_option_that_nothing_would_heed_is_refused(
     assert cli.main(line.split()) == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert f"{line.split()[-2]} does nothing here: expected" in shown
+
+
+@pytest.mark.parametrize("text", ["1h30", "10m5", "", "m", "1.5.2", "-3", "2d", "0m"])
+def test_a_time_that_can_be_misread_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="bad time"):
+        parse_duration(text)
+    assert [parse_duration(t) for t in ("1.5h", "1h30m5s", "2m", "7", " 1s")] == [
+        *(5400, 5405, 120, 7, 1)
+    ]

@@ -41,7 +41,7 @@ def require_beside(option: str, other: str, *, is_given: bool, is_there: bool) -
 
 
 def parse_duration(text: str | None) -> float | None:
-    """Read a time such as 90s, 10m or 1h30m; a bare number means seconds.
+    """Read a time such as 90s, 10m or 1h30m; a number alone means seconds.
 
     Args:
         text: The time, or None.
@@ -54,12 +54,10 @@ def parse_duration(text: str | None) -> float | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(
-        r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?",
-        text.strip(),
-    )
-    hours, minutes, seconds = match.groups(default="0") if match else ("0",) * 3
-    total = float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    parts = "".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in "hms")
+    match = re.fullmatch(rf"{parts}|(\d+(?:\.\d+)?)", text.strip())
+    found = map(float, match.groups(default="0")) if match else (0.0,)
+    total = sum(n * size for n, size in zip(found, (3600, 60, 1, 1), strict=False))
     if total <= 0:
         raise ConfigError(
             describe("bad time", expected="such as 90s, 10m or 1h30m", found=text)
