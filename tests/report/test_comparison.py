@@ -133,7 +133,7 @@ def test_latex_is_balanced_and_escaped(folder):
         elif line.endswith(r"\\"):
             assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
     assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}")
-    assert escape_latex("50 % ± 2_x") == r"50 \% $\pm$ 2\_x"
+    assert escape_latex("50 % ± 2_x|") == r"50 \% $\pm$ 2\_x\textbar{}"
 
 
 class Checker(html.parser.HTMLParser):

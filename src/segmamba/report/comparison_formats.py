@@ -23,6 +23,7 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "<": r"$<$",
     ">": r"$>$",
+    "|": r"\textbar{}",
     "±": r"$\pm$",
 }
 _STYLE = (
