@@ -303,7 +303,7 @@ def test_csv_labels_from_a_description_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "a column image"),
+        ("", "a column image.*found no column at all, in"),
         ("a,b\n1,2\n", "found a, b"),
         ("image,label\n", "no rows"),
         ("image,label,image\na.nii,l.nii,b.nii\n", "column once, found image again"),

@@ -99,7 +99,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_impossible_wishes():
-    with pytest.raises(ConfigError, match=r"11 cases and 12 folds.*fold 'all'"):
+    with pytest.raises(
+        ConfigError, match=r"11 cases and 12 folds.*--fold all.*--splits"
+    ):
         make_splits(IDS, folds=12)
     with pytest.raises(ConfigError, match=r"1 folds"):
         make_splits(IDS, folds=1)

@@ -229,6 +229,17 @@ def test_a_file_in_place_of_the_run_folder_is_noticed_before_any_work(
     assert shown == []
 
 
+def test_errors_of_the_data_are_told_by_file(project: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(project / "data", tmp_path / "data")
+    image = next((data / "imagesTr").iterdir())
+    twin = shutil.copy(image, image.with_name("alone.nii.gz"))
+    with pytest.raises(FormatError) as caught:
+        steps.plan(data, tmp_path / "run")
+    first, line, *_ = str(caught.value).splitlines()
+    assert first.endswith("has 1 error:")
+    assert line.startswith(f"  imagesTr/{Path(twin).name}: ")
+
+
 def test_durations() -> None:
     assert parse_duration("1h30m") == 5400
     assert parse_duration("90s") == 90

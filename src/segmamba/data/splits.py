@@ -40,7 +40,8 @@ def make_splits(ids: Iterable[str], seed: int = 12345, folds: int = 5) -> list[S
                 "can't divide the cases into folds",
                 expected="2 folds or more, and as many cases as folds",
                 found=f"{len(names)} cases and {folds} folds",
-                remedy="Take fewer folds, or train on all cases (fold 'all').",
+                remedy="Train on all cases (--fold all), or give splits of your own "
+                "(--splits).",
             )
         )
     shuffled = _shuffled(names, seed)

@@ -195,10 +195,12 @@ def _same_dataset(dataset: Dataset, run: RunFolder) -> bool:
 def _require_sound(report: CheckReport, data: Path | str) -> None:
     if report.ok:
         return
-    errors = [row for row in report.problems if row.severity == "error"]
-    lines = [f"  {row.case}: {row.message}" for row in errors[:SHOWN_PROBLEMS]]
+    errors = report.errors
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    shown = errors[:SHOWN_PROBLEMS]
+    lines = [f"  {item.file or item.case}: {item.message}" for item in shown]
     raise FormatError(
-        f"the data set {data} has {len(errors)} errors:\n"
+        f"the data set {data} has {count}:\n"
         + "\n".join(lines)
         + f"\nRun 'segmamba check {data}' to see all of them, and mend or remove them."
     )

@@ -65,7 +65,8 @@ def load_table(path: Path) -> Dataset:
     if twice:
         raise _bad(path, "each column once", f"{', '.join(twice)} again")
     if not columns:
-        raise _bad(path, "a column image, or image_0, image_1, ...", ", ".join(header))
+        found = ", ".join(filter(None, header)) or "no column at all"
+        raise _bad(path, "a column image, or image_0, image_1, ...", found)
     if not rows:
         raise _bad(path, "one row a case", "no rows")
     files = [_row_files(row, columns, path) for row in rows]
