@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+from docstring_parser import parse_from_object
 from rich.console import Console
 
 from segmamba import cli, console
@@ -15,6 +16,13 @@ from segmamba.errors import ConfigError, TrainingError
 from segmamba.training.interrupt import Interrupted
 
 NAMES = ("a [core]", "b[/x]", "[bold]c")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_an_option_is_one_line(name: str) -> None:
+    """The command line's library keeps breaks where lines are indented."""
+    for option in parse_from_object(cli.COMMANDS[name]).params:
+        assert "\n" not in (option.description or ""), option.arg_name
 
 
 @dataclass(frozen=True)

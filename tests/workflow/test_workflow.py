@@ -165,8 +165,23 @@ def test_commands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", str(project / "run")]) == 0
     words = [str(project / "predictions"), str(project / "data"), "-o", str(metrics)]
     assert cli.main(["evaluate", *words]) == 0
-    assert "ball" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ball" in shown
+    assert "not scored" not in shown
     assert set(json.loads(metrics.read_text())) >= {"cases", "summary", "rules"}
+
+
+def test_evaluate_says_what_it_did_not_score(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(project / "predictions", tmp_path / "predictions")
+    one = min((tmp_path / "predictions").glob("*.nii.gz"))
+    one.rename(one.with_name("other.nii.gz"))
+    words = [tmp_path / "predictions", project / "data", "-o", tmp_path / "out.json"]
+    assert cli.main(["evaluate", *map(str, words)]) == 0
+    shown = capsys.readouterr().out
+    assert "not scored: 1 of references." in shown
+    assert "not scored: 1 of predictions." in shown
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,11 @@ class Predict:
 
     run_folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder, as written by train."""
-    input: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT")]
-    """A scan, the channels of one in order, a folder of scans, a data set, or a folder
-    or archive of DICOM series."""
+    input: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="INPUT", help_behavior_hint="(required)"),
+    ]
+    """A scan, its channels in order, a folder of scans, a data set, or DICOM series."""
     output: Output
     """Folder to write to; or a file, for a single scan."""
     device: str = "auto"
@@ -44,8 +46,7 @@ class Predict:
     probabilities: FlagCreatePairsOff[bool] = False
     """Also write probabilities."""
     uncertainty: FlagCreatePairsOff[bool] = False
-    """Also write maps of entropy, mutual information and confidence; volumes with their
-    spread, and the Dice to be expected, go into the manifest."""
+    """Also write maps of uncertainty; volumes' spread goes into the manifest."""
     snapshots: FlagCreatePairsOff[bool] = False
     """Take the weights kept while training as more samples of uncertainty."""
     whole_volume: FlagCreatePairsOff[bool] = False
@@ -147,8 +148,7 @@ class Evaluate:
     figure: Path | None = None
     """Also draw the worst cases to this PNG file."""
     calibration: Path | None = None
-    """Also say how well uncertainty tells of errors, and draw it to this PNG file; for
-    predictions with --uncertainty."""
+    """Also draw to this PNG file how well predicted uncertainty tells of errors."""
 
     def run(self) -> int:
         """Evaluate, write the JSON and print the summary."""
@@ -173,6 +173,9 @@ class Evaluate:
                 progress=progress,
             )
         print_summary(metrics)
+        for kind, names in metrics["unmatched"].items():
+            if names:
+                say(f"Without a counterpart, so not scored: {len(names)} of {kind}.")
         if self.calibration is not None:
             print_calibration(metrics["calibration"])
         share = metrics["differing_voxels"]["largest"]
@@ -185,7 +188,10 @@ class Evaluate:
 class Compare:
     """Compare models on the same cases: intervals, paired tests, ranking, cost."""
 
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+    runs: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="RUN", help_behavior_hint="(required)"),
+    ]
     """Two or more run folders, folders of one fold, or metrics.json files."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Folder for comparison.json, .md, .tex, .html and .png."""

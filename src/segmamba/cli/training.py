@@ -53,8 +53,7 @@ class Plan:
     output: Output
     """Run folder."""
     preset: str | None = None
-    """Network; default: segmamba-light on a CPU; on a GPU segmamba-small for small
-    scans (up to 64^3 voxels), segmamba for others."""
+    """Network, such as segmamba-light; default: by the device and the scans' size."""
     device: str = "auto"
     """Device to plan for: auto, cpu, cuda."""
     memory_mib: float | None = None
@@ -90,16 +89,13 @@ class Train:
     output: Output
     """Run folder."""
     preset: str | None = None
-    """Network; default: segmamba-light on a CPU; on a GPU segmamba-small for small
-    scans (up to 64^3 voxels), segmamba for others."""
+    """Network, such as segmamba-light; default: by the device and the scans' size."""
     fold: str = "0"
     """Fold of the splits to hold out, or all to train on every case."""
     cross_validate: FlagCreatePairsOff[bool] = False
-    """Train all folds, sum up their scores and decide the post-processing; goes on
-    where an earlier call ended."""
+    """Train all folds, sum up, decide post-processing; goes on where it ended."""
     max_time: str | None = None
-    """Time to train (each fold), such as 10m or 1h30m; the schedule follows the
-    clock."""
+    """Time to train (each fold), such as 10m or 1h30m; the schedule follows it."""
     max_epochs: int | None = None
     """Epochs to train; default 1000 if no time is given."""
     device: str = "auto"
