@@ -58,6 +58,19 @@ def test_an_interrupted_training_has_the_exit_code_of_an_interruption(
     assert "saved" in capsys.readouterr().err
 
 
+def test_a_narrow_terminal_shows_counts_and_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = io.StringIO()
+    live = Console(file=output, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "console", live)
+    with console.ProgressDisplay() as progress:
+        progress(890, 1000, "preprocessing", "step 3, loss 1.8044, 1.5 patches/s " * 3)
+    shown = output.getvalue()
+    assert "890/1000 0:00:00 left" in shown
+    assert "step 3, loss" in shown
+
+
 def test_brackets_in_names_are_no_styles(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
     live = Console(file=output, width=160, force_terminal=True, highlight=False)
