@@ -36,11 +36,6 @@ class FoldFolder:
         """One JSON line an epoch."""
         return self.path / "log.jsonl"
 
-    def remove_leftovers(self) -> None:
-        """Remove half-written files of a killed run."""
-        for leftover in self.path.glob(".writing-*"):
-            leftover.unlink(missing_ok=True)
-
     def refuse_to_overwrite(self) -> None:
         """See that no training lies here.
 

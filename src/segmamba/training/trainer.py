@@ -165,7 +165,6 @@ class Trainer:
         return self._result()
 
     def _begin(self, resume: bool) -> None:
-        self.folder.remove_leftovers()
         if resume:
             self._load()
         else:
