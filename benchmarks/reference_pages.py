@@ -74,7 +74,8 @@ def commands() -> str:
     parts = [
         "# Command line\n\nEach command is a function of `segmamba.workflow` too. "
         "Exit codes: 0 all went well, 1 an error or a problem found, 2 a wrong option, "
-        "130 interrupted. `segmamba COMMAND --help` shows the same.\n"
+        "130 interrupted. `segmamba COMMAND --help` shows the same; "
+        "`segmamba --version` the version.\n"
     ]
     for name, cls in cli.COMMANDS.items():
         parts += [f"## segmamba {name}\n\n{inspect.getdoc(cls)}\n", table(cls)]

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 
 from rich import box
@@ -65,6 +66,7 @@ class ProgressDisplay:
         )
         self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
+        self._begins: dict[str, tuple[float, int]] = {}
         self._live = console.is_terminal
 
     def __enter__(self) -> ProgressDisplay:
@@ -95,9 +97,17 @@ class ProgressDisplay:
 
     def _show_line(self, done: int, total: int, what: str, note: str) -> None:
         now = time.monotonic()
+        began, first = self._begins.setdefault(what, (now, done))
         if done >= total or now - self._last_line > QUIET_INTERVAL_S:
             self._last_line = now
-            console.print(f"{what}: {done}/{total} {note}".rstrip(), markup=False)
+            parts = [f"{what}: {done}/{total}"]
+            if first < done < total:
+                left = (now - began) * (total - done) / (done - first)
+                parts.append(f"{timedelta(seconds=round(left))} left")
+            parts += [note] if note else []
+            console.print(", ".join(parts), markup=False)
+        if done >= total:  # a next one of this name, as of another fold, begins anew
+            del self._begins[what]
             sys.stdout.flush()
 
 

@@ -10,6 +10,7 @@ import pytest
 from docstring_parser import parse_from_object
 from rich.console import Console
 
+import segmamba
 from segmamba import cli, console
 from segmamba.cli.words import parse_duration
 from segmamba.errors import ConfigError, TrainingError
@@ -45,6 +46,11 @@ def test_a_letter_that_the_output_lacks_ends_no_command(
     assert b"case \\u03b2" in output.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"segmamba {segmamba.__version__}\n"
+
+
 def test_an_interrupted_training_has_the_exit_code_of_an_interruption(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +75,25 @@ def test_a_narrow_terminal_shows_counts_and_times(
     shown = output.getvalue()
     assert "890/1000 0:00:00 left" in shown
     assert "step 3, loss" in shown
+
+
+def test_lines_in_a_file_tell_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, clock = io.StringIO(), iter([0.0, 30.0, 31.0, 120.0, 500.0, 530.0])
+    monkeypatch.setattr(console, "console", Console(file=output, width=160))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.ProgressDisplay() as progress:
+        for done in (10, 20, 21, 100):
+            progress(done, 100, "cases", "b.nii")
+        for done in (0, 10):  # the same work of another fold
+            progress(done, 100, "cases")
+    assert output.getvalue().splitlines() == [
+        "cases: 20/100, 0:04:00 left, b.nii",
+        "cases: 100/100, b.nii",
+        "cases: 0/100",
+        "cases: 10/100, 0:04:30 left",
+    ]
 
 
 def test_brackets_in_names_are_no_styles(monkeypatch: pytest.MonkeyPatch) -> None:

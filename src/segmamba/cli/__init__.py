@@ -16,6 +16,7 @@ from segmamba.console import (
     accept_every_letter,
     explain,
     quiet_when_unread,
+    say,
     say_error,
     showing_warnings,
 )
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     accept_every_letter()
+    if words == ["--version"]:
+        say(f"segmamba {segmamba.__version__}")
+        return 0
     with quiet_when_unread():
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

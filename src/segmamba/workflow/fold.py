@@ -282,6 +282,6 @@ def _display(progress: Progress) -> Callable[[TrainingProgress], None]:
             f"{state.patches_per_s:.1f} patches/s"
         )
         done = int(1000 * state.fraction)  # 1000 at the end alone, which has its line
-        progress(done, 1000, "training", note)
+        progress(done, 1000, "training, thousandths", note)
 
     return show
