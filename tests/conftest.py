@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,11 @@ from segmamba.io import write_label_map, write_volume
 from segmamba.nn import create_network
 
 REPOSITORY = Path(__file__).parents[1]
+
+# The same examples every time: a change must fail by itself, not by a draw. New ones
+# are drawn by benchmarks/fuzz.py, or with --hypothesis-profile=default.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
