@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ from segmamba.io import write_label_map, write_volume
 from segmamba.nn import create_network
 
 REPOSITORY = Path(__file__).parents[1]
+
+# Test processes that take all cores each wait for one another, three times as long.
+_SHARE = max(
+    1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+)
+torch.set_num_threads(_SHARE)
+os.environ.setdefault("OMP_NUM_THREADS", str(_SHARE))  # of programs that tests start
 
 # The same examples every time: a change must fail by itself, not by a draw. New ones
 # are drawn by benchmarks/fuzz.py, or with --hypothesis-profile=default.
