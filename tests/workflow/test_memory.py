@@ -37,18 +37,13 @@ def test_training_says_what_was_tried_and_what_to_lower(
 def test_the_plan_can_be_lowered_and_training_goes_on(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tmp_path / "settings.yaml"
-    shutil.copy(project / "settings.yaml", settings)
     words = ["train", str(project / "data"), "-o", str(tmp_path / "run")]
-    words += ["--device", "cpu", "--config", str(settings)]
+    words += ["--device", "cpu", "--config", str(project / "settings.yaml")]
     with monkeypatch.context() as patch:
         patch.setattr(SegMamba, "forward", lambda *_: torch.empty(10**14))
         assert cli.main(words) == 1
     plan = tmp_path / "run" / "plan.json"
     plan.write_text(plan.read_text().replace('"batch_size": 2', '"batch_size": 1'))
-    text = settings.read_text()
-    assert "batch_size: 2" in text
-    settings.write_text(text.replace("batch_size: 2", "batch_size: 1"))
     assert cli.main([*words, "--max-epochs", "1"]) == 0
 
 

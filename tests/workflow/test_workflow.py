@@ -110,20 +110,27 @@ def test_another_preset_needs_another_run(project: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "text"),
     [
-        ({"plan": {"patch_size": [8, 16, 16]}}, r"patch_size \(16, 16, 16\), found"),
-        ({"network": {"d_state": 4}}, r"network\.d_state 16, found network\.d_state 4"),
+        ({"plan": {"patch_size": [8, 16, 16]}}, "patch_size (16, 16, 16)"),
+        ({"network": {"d_state": 4}}, "network.d_state 16; the settings' 4"),
         (
             {"network": {**SHAPE, "strides": [[1, 2, 2], [2, 2, 2]]}},
-            r"found network\.strides \(\(1, 2, 2\), \(2, 2, 2\)\)",
+            "the settings' ((1, 2, 2), (2, 2, 2)) is left unused",
         ),
-        ({"plan": {"patch_sizes": [8, 8, 8]}}, "Did you mean 'patch_size'"),
     ],
 )
-def test_other_settings_of_plan_and_network_need_another_run(
-    project: Path, sections: dict, text: str
+def test_settings_that_the_plan_overrules_are_told(
+    project: Path, sections: dict, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = workflow.RunSettings(**sections)
-    with pytest.raises(ConfigError, match=text):
+    fold_training(project / "data", project / "run", config=settings, device="cpu")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"{project / 'run' / 'plan.json'} counts, with " in message
+    assert text in message
+
+
+def test_misspelt_settings_of_a_planned_run_are_refused(project: Path) -> None:
+    settings = workflow.RunSettings(plan={"patch_sizes": [8, 8, 8]})
+    with pytest.raises(ConfigError, match="Did you mean 'patch_size'"):
         workflow.train(project / "data", project / "run", config=settings)
 
 

@@ -54,8 +54,7 @@ def memory_hint(
     ways = list(_ways(step, room, plan, batch_place))
     ways.append("close other programs")
     text = ", or ".join(ways)
-    twice = "Change a number of the plan in the --config file, too, if it is there."
-    return f"{took} {text[0].upper()}{text[1:]}. {twice}"
+    return f"{took} {text[0].upper()}{text[1:]}."
 
 
 def _ways(step: Step, room_mib: float, plan: Path, batch_place: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,8 @@ from segmamba.workflow.steps import (
 )
 
 SplitScheme = Literal["5-fold", "70-10-20"]
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -217,12 +220,12 @@ def _planned(
                 remedy="Choose another run folder, or plan anew with 'segmamba plan'.",
             )
         )
-    _require_as_planned(settings, decided, folder.plan)
+    _compare_with_planned(settings, decided, folder.plan)
     return dataset, decided
 
 
-def _require_as_planned(settings: RunSettings, decided: Plan, file: Path) -> None:
-    """See that the sections network and plan say what the run's plan says."""
+def _compare_with_planned(settings: RunSettings, decided: Plan, file: Path) -> None:
+    """Check the sections network and plan, and tell what the run's plan overrules."""
     network, preset = decided.network, decided.network.name
     asked = network_overrides(settings, preset)
     given = plan_overrides(settings, preset)
@@ -242,16 +245,11 @@ def _require_as_planned(settings: RunSettings, decided: Plan, file: Path) -> Non
         (f"network.{key}", getattr(fitted, key), getattr(network, key)) for key in asked
     ]
     differing = [(name, new, old) for name, new, old in pairs if new != old]
-    if differing:
-        raise ConfigError(
-            describe(
-                "the run is planned with other settings",
-                expected=", ".join(f"{name} {old}" for name, _, old in differing),
-                found=", ".join(f"{name} {new}" for name, new, _ in differing),
-                file=file,
-                remedy="Choose another run folder, plan anew with 'segmamba plan', or "
-                "leave out these settings.",
-            )
+    for name, new, old in differing:
+        _log.warning(
+            "%s counts, with %s %s; the settings' %s is left unused (another run "
+            "folder, or 'segmamba plan', plans with it)",
+            *(file, name, old, new),
         )
 
 
