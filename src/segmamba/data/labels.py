@@ -37,7 +37,7 @@ class LabelScheme:
                 )
             )
         limits = np.iinfo(np.int16)
-        named = sorted({*self.known_values, *self.regions_order})
+        named = self._named
         if named[0] < limits.min or named[-1] > limits.max:
             raise ConfigError(
                 describe(
@@ -93,6 +93,11 @@ class LabelScheme:
         united = {value for group in self.regions.values() for value in group}
         return tuple(sorted({*self.labels.values(), *united, *ignored}))
 
+    @property
+    def _named(self) -> tuple[int, ...]:
+        """Those and the integers written for regions, which may be others."""
+        return tuple(sorted({*self.known_values, *self.regions_order}))
+
     def encode(self, label_map: Array) -> Array:
         """Turn a label map into the network's target.
 
@@ -126,8 +131,8 @@ class LabelScheme:
         Returns:
             Integers of the data set, of shape (...): uint8, or int16 if need be.
         """
-        named = {*self.known_values, *self.regions_order}
-        dtype = np.uint8 if min(named) >= 0 and max(named) < 256 else np.int16
+        low, high = self._named[0], self._named[-1]
+        dtype = np.uint8 if low >= 0 and high < 256 else np.int16
         if not self.regions:
             values = np.asarray(self.class_values, dtype)
             return values[np.argmax(logits, axis=0)]
